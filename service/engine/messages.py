@@ -1,0 +1,146 @@
+"""The seam: what the HTTP process and the engine process say to each other.
+
+Frames are a 4-byte little-endian length and a msgpack body (msgspec tagged structs), over one Unix
+socket. Token ids only, never text. Everything is validated on the HTTP side; the engine still
+refuses what could never fit.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+DEADLINE = "deadline"
+
+
+class SamplingSettings(Struct, frozen=True, omit_defaults=True):
+    """How one choice draws its tokens. Field meanings and bounds are the wire's (docs/wire)."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # always set: the API draws one where the client sent none
+    choice: int = 0  # choice i draws from (seed, i, position)
+    stop_token_ids: tuple[int, ...] = ()  # the client's own
+    eos_token_ids: tuple[int, ...] = ()  # the checkpoint's, empty under ignore_eos
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    logprobs: int | None = None  # 0..20; None is off, 0 is the drawn token's alone
+
+
+# ---- HTTP process -> engine process ------------------------------------------------------------
+
+
+class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
+    """One prompt, ``len(settings)`` choices: computed once, forked at its first token."""
+
+    id: int  # unique per connection
+    prompt: list[int]
+    settings: list[SamplingSettings]
+    namespace: bytes = b""  # prefix-cache namespace: derived from the caller's key and cache_salt
+    account: str = ""  # key id, for fair shares and the ledger
+    weight: float = 1.0
+    priority: int = 0  # lower runs earlier
+    deadline: float | None = None  # seconds from receipt to the partial answer
+    max_queue: float | None = None  # seconds it may wait for its first step
+    prompt_logprobs: int | None = None  # 0..20
+    request_id: str = ""  # for logs only
+
+
+class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
+    """Drop a request, or one of its choices (a stop string was found in it)."""
+
+    id: int
+    choice: int | None = None
+
+
+class Control(Struct, frozen=True, tag="control", omit_defaults=True):
+    """``verb``: "drain" (refuse new work), "shutdown", "ping"."""
+
+    id: int
+    verb: str
+
+
+# ---- engine process -> HTTP process ------------------------------------------------------------
+
+
+class Accepted(Struct, frozen=True, tag="accepted"):
+    id: int
+
+
+class Refused(Struct, frozen=True, tag="refused", omit_defaults=True):
+    """Sent instead of ``Accepted``. ``kind`` names a class of ``service.errors``."""
+
+    id: int
+    kind: str
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after: float | None = None
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """Raw log-probabilities (before bias, penalties and temperature), natural log."""
+
+    logprob: float
+    rank: int  # 1 is the most likely
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Output(Struct, frozen=True, tag="output", omit_defaults=True):
+    """What one choice gained in one step. The last one of a choice carries ``finish_reason``."""
+
+    id: int
+    choice: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None  # one a token, when asked for
+    finish_reason: str | None = None  # stop, length; or error, cancelled (never on the wire)
+    stop_reason: int | str | None = None  # stop token id, or "deadline"
+    error: str | None = None  # with finish_reason "error": what may be told
+    cached_tokens: int | None = None  # with the first output of a request
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first output
+    queue_time: float | None = None  # seconds, with the first output
+    prefill_time: float | None = None
+
+
+class Outputs(Struct, frozen=True, tag="outputs"):
+    """Everything one step produced: one message a step, never one a token."""
+
+    step: int
+    num_scheduled_tokens: int
+    step_time: float  # seconds
+    outputs: list[Output]
+
+
+class Reply(Struct, frozen=True, tag="reply", omit_defaults=True):
+    id: int
+    result: dict[str, object] = {}
+
+
+class State(Struct, frozen=True, tag="state", omit_defaults=True):
+    """Sent on every change of stage, at least once a second also when idle: the heartbeat."""
+
+    stage: str  # loading, warming_up, ready, draining, failed
+    progress: float = 0.0  # 0..1 within loading
+    reason: str = ""
+    steps: int = 0  # steps completed: the heartbeat under work
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0  # cached pages count as free: they can be evicted
+    block_size: int = 0
+    max_model_len: int = 0
+    counters: dict[str, float] = {}  # monotone: see service/engine/worker.py
+    facts: dict[str, str] = {}  # device, dtype, attention backend, torch version...: the banner
+
+
+ToEngine = Submit | Cancel | Control
+FromEngine = Accepted | Refused | Outputs | Reply | State

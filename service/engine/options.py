@@ -1,0 +1,27 @@
+"""What the engine process is told at its start: a plain struct, JSON on its standard input."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class EngineOptions(Struct, frozen=True):
+    model: str  # a local folder or a .gguf file: hub ids are resolved before the engine starts
+    socket: str  # path of the Unix socket the engine listens on
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    max_model_len: int | None = None  # None: the checkpoint's
+    max_num_seqs: int | None = None  # None: 64 on a CPU, 256 on a GPU
+    max_num_batched_tokens: int | None = None  # None: 512 on a CPU, 8192 on a GPU
+    block_size: int = 256
+    num_kv_blocks: int | None = None  # None: from memory
+    kv_cache_memory: int | None = None  # bytes; None: from free memory
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_queued_requests: int = 1024  # sequences
+    max_queued_tokens: int = 1_000_000
+    threads: int | None = None  # None: the cores this process may use
+    attention_backend: str = "auto"
+    log_level: str = "info"
+    log_format: str = "text"
+    parent: int | None = None  # process id to die with

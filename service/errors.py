@@ -1,0 +1,108 @@
+"""Every failure a client can be told of, drawn as a tree, each with its HTTP status.
+
+The engine raises them on its side of the seam (they cross it by ``code``), the API turns them into
+the one error envelope of the wire. Messages say what was wrong, the bound, and what to send instead;
+they never carry addresses, paths, traces or another request's text.
+"""
+
+from __future__ import annotations
+
+
+class PronkError(Exception):
+    """Root of what a client can be told. ``param`` is the field's path, ``code`` the wire's string."""
+
+    status: int = 500
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after  # seconds; the API rounds it up into Retry-After
+        if param is not None:
+            self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(PronkError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class NotSupportedYet(InvalidRequest):
+    """A field the wire knows and this version does not serve: refused, never ignored."""
+
+    code = "unsupported_parameter"
+
+
+class RequestTooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+
+
+class AuthenticationFailed(PronkError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(PronkError):
+    status = 403
+    type = "permission_error"
+
+
+class NotFound(PronkError):
+    status = 404
+    type = "not_found_error"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+    param = "model"
+
+
+class RateLimited(PronkError):
+    status = 429
+    type = "rate_limit_error"
+
+
+class Overloaded(PronkError):
+    """The bounded queue is full. ``retry_after`` comes from the measured drain rate."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "queue_full"
+
+
+class Unavailable(PronkError):
+    """``code`` is ``loading``, ``draining`` or ``engine_restarting``."""
+
+    status = 503
+    type = "service_unavailable"
+
+
+class EngineFailure(PronkError):
+    """The engine failed on this request, or died under it."""
+
+    code = "engine_failure"
