@@ -1,0 +1,229 @@
+"""Every setting of the service: read once from flags, ``PRONK_*`` variables and a TOML file, frozen.
+
+Precedence: flags, then the environment, then the file named by ``--config`` (or ``PRONK_CONFIG``),
+then the defaults here. Names are vLLM's where the meaning is the same. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+GIB = 1 << 30
+MIB = 1 << 20
+ENVIRONMENT_PREFIX = "PRONK_"
+
+Strings = Annotated[list[str], NoDecode]  # lists from the environment: JSON or comma-separated
+Secrets = Annotated[list[SecretStr], NoDecode]
+
+
+class TomlSettingsSource(PydanticBaseSettingsSource):
+    """Reads the file named by ``config``; keys are the settings' names, with - or _."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # __call__ gives the whole file at once
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config") or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+        if not path:
+            return {}
+        try:
+            with open(path, "rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise ValueError(f"cannot read the config file {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"the config file {path} is not TOML: {error}") from None
+        return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+class Settings(BaseSettings):
+    """What ``pronk serve`` is told. One frozen object, passed in, never read from a global."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        extra="forbid",
+        frozen=True,
+        case_sensitive=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # an API key mistyped must not be printed
+        validate_default=False,
+    )
+
+    # ---- the model
+    model: str | None = Field(
+        None,
+        description="A folder (Hugging Face or Meta layout), a .gguf file or a hub id; "
+        "omitted: the small model that ships with pronk",
+    )
+    served_model_name: Strings = Field(
+        [], description="Names clients use for the model; the first one stands in answers"
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
+    download_dir: Path | None = Field(None, description="Where hub downloads are kept")
+    offline: bool = Field(False, description="Never touch the network, also for a hub id")
+    chat_template: str | None = Field(
+        None, description="A jinja file or text that replaces the checkpoint's chat template"
+    )
+    seed: int | None = Field(
+        None, description="Makes the seeds drawn for requests without one repeatable"
+    )
+
+    # ---- where it listens
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 in a container")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    uds: Path | None = Field(None, description="Listen on this Unix socket instead")
+    root_path: str = Field("", description="Path prefix when behind a proxy that strips one")
+    ssl_keyfile: Path | None = Field(None, description="TLS private key (PEM)")
+    ssl_certfile: Path | None = Field(None, description="TLS certificate chain (PEM)")
+
+    # ---- the device and the cache
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = Field(
+        "auto",
+        description="Number format of weights and cache; auto: the checkpoint's, where the device is fast at it",
+    )
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="GPUs one model is split over (only 1 in this version)"
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + answer in tokens; default: the checkpoint's"
+    )
+    max_num_seqs: int | None = Field(
+        None, ge=1, le=4096, description="Sequences that run together; default 64 (CPU), 256 (GPU)"
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Token budget of one step; default 512 (CPU), 8192 (GPU)"
+    )
+    block_size: int = Field(256, description="Tokens in a page of the KV cache: 32, 64, 128, 256")
+    num_kv_blocks: int | None = Field(None, ge=2, description="Pages of the KV cache; default: from memory")
+    kv_cache_memory: int | None = Field(
+        None, ge=MIB, description="Bytes for the KV cache; default: from free memory"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory pronk may use"
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Keep computed prompts for requests that begin alike"
+    )
+    attention_backend: Literal["auto", "reference", "cpu", "sdpa", "triton", "varlen"] = Field(
+        "auto", description="Attention kernel; auto takes the best one present"
+    )
+    threads: int | None = Field(None, ge=1, description="Threads of the engine; default: the cores")
+
+    # ---- bounds
+    max_queued_requests: int = Field(
+        1024, ge=1, description="Sequences that may wait; past it: 429 with Retry-After"
+    )
+    max_queued_tokens: int = Field(1_000_000, ge=1, description="Prompt tokens that may wait")
+    max_body_bytes: int = Field(8 * MIB, ge=1024, description="Largest request body; past it: 413")
+    max_n: int = Field(128, ge=1, description="Largest n of a request")
+    max_prompts: int = Field(2048, ge=1, description="Most prompts in one request")
+    max_stop: int = Field(4, ge=1, description="Most stop strings in a request")
+    strict_params: bool = Field(False, description="Refuse unknown request fields with a 400")
+    body_timeout: float = Field(
+        30.0, gt=0, description="Seconds a client may take between two pieces of a body"
+    )
+
+    # ---- who may call
+    api_key: Secrets = Field(
+        [], description="A key clients must send (process lists show flags: prefer PRONK_API_KEY)"
+    )
+    allowed_origins: Strings = Field(
+        [], description='Origins browsers may call from, e.g. ["https://example.org"]; default: none'
+    )
+    metrics_public: bool = Field(
+        False, description="Serve /metrics without a key also when keys are set"
+    )
+    docs: bool = Field(True, description="Serve /docs and /openapi.json")
+    allow_request_chat_template: bool = Field(
+        False, description="Let requests bring a chat template of their own"
+    )
+
+    # ---- life
+    drain_delay: float = Field(
+        0.0, ge=0, description="Seconds to go on serving after SIGTERM while /readyz is already 503"
+    )
+    drain_timeout: float = Field(30.0, ge=0, description="Seconds streams in flight get to finish")
+    keep_alive: int = Field(75, ge=1, description="Seconds an idle connection is kept")
+    ping_interval: float = Field(5.0, gt=0, description="Seconds of silence before a stream's comment")
+
+    # ---- logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people or for machines")
+    log_content: bool = Field(False, description="Log prompts and answers (loud warning; for debugging)")
+    sample: bool | None = Field(
+        None, description="Print a sample completion once ready; default: only for the bundled model"
+    )
+    config: Path | None = Field(None, description="A TOML file with these settings")
+
+    @field_validator("served_model_name", "allowed_origins", "api_key", mode="before")
+    @classmethod
+    def split_list(cls, value: Any) -> Any:
+        """Accept a JSON list or comma-separated text; a command line gives a list of either."""
+        if isinstance(value, str):
+            return _split(value)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return [part for item in value for part in _split(item)]
+        return value
+
+    @field_validator("block_size")
+    @classmethod
+    def known_block_size(cls, value: int) -> int:
+        if value not in (32, 64, 128, 256, 512):
+            raise ValueError("must be 32, 64, 128, 256 or 512")
+        return value
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def one_device(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("this version serves a model from one device; use 1")
+        return value
+
+    @model_validator(mode="after")
+    def tls_needs_both(self) -> Settings:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile and ssl_certfile go together: give both or neither")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlSettingsSource(settings_cls)
+
+
+def _split(text: str) -> list[str]:
+    text = text.strip()
+    if text.startswith("["):
+        import json
+
+        values = json.loads(text)
+        if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+            raise ValueError("must be a JSON list of strings")
+        return values
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def unknown_environment(environment: dict[str, str]) -> list[str]:
+    """``PRONK_*`` variables no setting answers to: a typo there would otherwise be silent."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(key for key in environment if key.startswith(ENVIRONMENT_PREFIX) and key not in known)
