@@ -1,15 +1,15 @@
 """Every failure a client can be told of, drawn as a tree, each with its HTTP status.
 
-The engine raises them on its side of the seam (they cross it by ``code``), the API turns them into
-the one error envelope of the wire. Messages say what was wrong, the bound, and what to send instead;
-they never carry addresses, paths, traces or another request's text.
+The engine refuses with them across the seam (by class name), the API turns them into the one error
+envelope of the wire. Messages say what was wrong, the bound, and what to send instead; they never
+carry addresses, paths, traces or another request's text.
 """
 
 from __future__ import annotations
 
 
 class PronkError(Exception):
-    """Root of what a client can be told. ``param`` is the field's path, ``code`` the wire's string."""
+    """Root of what a client can be told. ``param`` is a field's path, ``code`` the wire's string."""
 
     status: int = 500
     type: str = "server_error"

@@ -1,4 +1,4 @@
-"""Every setting of the service: read once from flags, ``PRONK_*`` variables and a TOML file, frozen.
+"""Every setting of the service: read once from flags, ``PRONK_*`` variables and a TOML file.
 
 Precedence: flags, then the environment, then the file named by ``--config`` (or ``PRONK_CONFIG``),
 then the defaults here. Names are vLLM's where the meaning is the same. Unknown keys are refused.
@@ -6,17 +6,21 @@ then the defaults here. Names are vLLM's where the meaning is the same. Unknown 
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 GIB = 1 << 30
@@ -48,7 +52,11 @@ class TomlSettingsSource(PydanticBaseSettingsSource):
 
 
 class Settings(BaseSettings):
-    """What ``pronk serve`` is told. One frozen object, passed in, never read from a global."""
+    """Serve a Llama-family model over HTTP, OpenAI-compatible.
+
+    Each setting can also be given as PRONK_NAME in the environment or as a key of a TOML file
+    (--config FILE). Precedence: flags, environment, file, default.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX,
@@ -61,7 +69,7 @@ class Settings(BaseSettings):
     )
 
     # ---- the model
-    model: str | None = Field(
+    model: CliPositionalArg[str | None] = Field(
         None,
         description="A folder (Hugging Face or Meta layout), a .gguf file or a hub id; "
         "omitted: the small model that ships with pronk",
@@ -93,7 +101,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = Field(
         "auto",
-        description="Number format of weights and cache; auto: the checkpoint's, where the device is fast at it",
+        description="Number format of weights and cache; auto: the checkpoint's, "
+        "or float32 where the processor is slow at it",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="GPUs one model is split over (only 1 in this version)"
@@ -108,7 +117,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Token budget of one step; default 512 (CPU), 8192 (GPU)"
     )
     block_size: int = Field(256, description="Tokens in a page of the KV cache: 32, 64, 128, 256")
-    num_kv_blocks: int | None = Field(None, ge=2, description="Pages of the KV cache; default: from memory")
+    num_kv_blocks: int | None = Field(
+        None, ge=2, description="Pages of the KV cache; default: from memory"
+    )
     kv_cache_memory: int | None = Field(
         None, ge=MIB, description="Bytes for the KV cache; default: from free memory"
     )
@@ -142,7 +153,8 @@ class Settings(BaseSettings):
         [], description="A key clients must send (process lists show flags: prefer PRONK_API_KEY)"
     )
     allowed_origins: Strings = Field(
-        [], description='Origins browsers may call from, e.g. ["https://example.org"]; default: none'
+        [],
+        description='Origins browsers may call from, e.g. ["https://example.org"]; default: none',
     )
     metrics_public: bool = Field(
         False, description="Serve /metrics without a key also when keys are set"
@@ -158,14 +170,23 @@ class Settings(BaseSettings):
     )
     drain_timeout: float = Field(30.0, ge=0, description="Seconds streams in flight get to finish")
     keep_alive: int = Field(75, ge=1, description="Seconds an idle connection is kept")
-    ping_interval: float = Field(5.0, gt=0, description="Seconds of silence before a stream's comment")
+    ping_interval: float = Field(
+        5.0, gt=0, description="Seconds of silence before a stream's comment"
+    )
 
     # ---- logs
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
-    log_format: Literal["text", "json"] = Field("text", description="Lines for people or for machines")
-    log_content: bool = Field(False, description="Log prompts and answers (loud warning; for debugging)")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level logged"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Lines for people or for machines"
+    )
+    log_content: bool = Field(
+        False, description="Log prompts and answers (loud warning; for debugging)"
+    )
     sample: bool | None = Field(
-        None, description="Print a sample completion once ready; default: only for the bundled model"
+        None,
+        description="Print a sample completion once ready; default: only for the bundled model",
     )
     config: Path | None = Field(None, description="A TOML file with these settings")
 
@@ -223,7 +244,47 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def read_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from ``arguments`` (flags of ``pronk serve``), the environment and the file.
+
+    Raises ``SettingsProblem`` with one readable line a mistake; ``--help`` exits by itself.
+    """
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            Settings,
+            cli_parse_args=arguments or [],
+            cli_prog_name="pronk serve",
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_exit_on_error=False,
+        )
+        settings = Settings(_cli_settings_source=source)  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SettingsProblem("\n".join(_explain(problem) for problem in error.errors())) from None
+    except (SettingsError, ValueError) as error:
+        raise SettingsProblem(str(error).removeprefix("error parsing CLI: ")) from None
+    if unknown := unknown_environment(dict(os.environ)):
+        raise SettingsProblem(f"unknown setting in the environment: {', '.join(unknown)}")
+    return settings
+
+
+class SettingsProblem(ValueError):
+    """A setting is unknown or out of bounds; the text says which and what would do."""
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "settings"
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        return f"unknown setting {name}" + (f": did you mean {close[0]}?" if close else "")
+    return f"{name.replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}"
+
+
 def unknown_environment(environment: dict[str, str]) -> list[str]:
     """``PRONK_*`` variables no setting answers to: a typo there would otherwise be silent."""
     known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
-    return sorted(key for key in environment if key.startswith(ENVIRONMENT_PREFIX) and key not in known)
+    return sorted(
+        key for key in environment if key.startswith(ENVIRONMENT_PREFIX) and key not in known
+    )

@@ -1,0 +1,92 @@
+"""The command ``pronk``: serve, chat, doctor, version. Torch is imported only inside a command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from service import __version__
+
+app = typer.Typer(
+    name="pronk",
+    help="Serve a Llama-family model over HTTP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a model over HTTP: pronk serve [MODEL]; all settings: pronk serve --help."""
+    from service.settings import SettingsProblem, read_settings
+
+    try:
+        settings = read_settings(context.args)
+    except SettingsProblem as problem:
+        fail(f"{problem}\nAll settings: pronk serve --help", code=2)
+    from service.serve import ServeProblem, serve_until_stopped
+
+    try:
+        code = serve_until_stopped(settings)
+    except ServeProblem as problem:
+        fail(str(problem))
+    raise typer.Exit(code)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="A model to serve for this chat; default: the bundled one")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to a running server instead, e.g. http://127.0.0.1:8000"),
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="PRONK_API_KEY", help="The server's key", show_default=False)
+    ] = "",
+    system: Annotated[str | None, typer.Option(help="A system message to begin with")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Talk to a model in the terminal (starts a private server unless --url is given)."""
+    from service.chat import ChatProblem, ChatSettings, converse
+
+    try:
+        converse(ChatSettings(model, url, api_key, system, temperature, max_tokens))
+    except ChatProblem as problem:
+        fail(str(problem))
+
+
+@app.command()
+def doctor() -> None:
+    """Report device, torch, memory and instruction sets, and what to change."""
+    from service.doctor import report
+
+    raise typer.Exit(report())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"pronk {__version__}")
+
+
+def fail(message: str, code: int = 1) -> None:
+    """One clear line on standard error and a non-zero exit, never a traceback."""
+    print(f"pronk: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
