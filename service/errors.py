@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class PronkError(Exception):
-    """Root of what a client can be told. ``param`` is a field's path, ``code`` the wire's string."""
+    """Root of what a client can be told. ``param`` is a field's path, ``code`` the wire's word."""
 
     status: int = 500
     type: str = "server_error"
