@@ -15,5 +15,7 @@ def shared_dir() -> Path:
     """Real checkpoints and tokenizers kept outside the repository; skips where they are missing."""
     folder = Path(os.environ.get("TEST_SHARED_DIR", ROOT.parent / "shared"))
     if not (folder / "models").is_dir():
-        pytest.skip("real model files are not here: set TEST_SHARED_DIR to the folder that holds models/")
+        pytest.skip(
+            "real model files are not here: set TEST_SHARED_DIR to the folder that holds models/"
+        )
     return folder

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.serve                       # bundled model and the 135M shape
     python -m tests.benchmarks.serve --models 135m --concurrency 32
 
-The share of the memory-bandwidth limit at one stream is taken against the read bandwidth measured in
-the same run: a decoded token reads every weight once.
+The share of the memory-bandwidth limit at one stream is taken against the read bandwidth measured
+in the same run: a decoded token reads every weight once.
 """
 
 from __future__ import annotations
