@@ -140,6 +140,8 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
     max_model_len: int = 0
     counters: dict[str, float] = {}  # monotone: see service/engine/worker.py
     facts: dict[str, str] = {}  # device, dtype, attention backend, torch version...: the banner
+    step_elapsed: float = 0.0  # seconds the step now running has taken, 0 between steps
+    step_estimate: float = 0.0  # seconds it should take, from the rate of the steps before it
 
 
 ToEngine = Submit | Cancel | Control

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+SOCKET_FOLDER_PREFIX = "pronk-engine-"  # a folder of this name is removed with its socket
+
 
 class EngineOptions(Struct, frozen=True):
     model: str  # a local folder or a .gguf file: hub ids are resolved before the engine starts

@@ -1,0 +1,317 @@
+"""The engine as the HTTP process sees it: submit to it, hear from it, outlive it.
+
+Everything runs on one event loop; nothing here imports torch. The process behind it is the
+supervisor's; the client answers every waiting request whatever becomes of that process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from msgspec.structs import replace
+
+from service import errors
+from service.engine.generation import Generation
+from service.engine.messages import (
+    Accepted,
+    Cancel,
+    Control,
+    FromEngine,
+    Outputs,
+    Refused,
+    Reply,
+    SamplingSettings,
+    State,
+    Submit,
+)
+from service.engine.options import EngineOptions
+from service.engine.process import WORKER
+from service.engine.supervisor import Patience, Supervisor
+
+logger = logging.getLogger("pronk.engine")
+
+Observer = Callable[[Outputs | State], None]
+NEVER_READY = ("failed", "stopped")
+BEFORE_READY = {"starting", "loading", "warming_up"}
+MAX_RETRY_AFTER = 300.0  # seconds
+
+
+class EngineClient:
+    """Proxy of one engine. ``start`` returns at once; ``wait_ready`` waits for the model.
+
+    ``state.stage`` is the engine's (loading, warming_up, ready, draining, failed) or one of the
+    client's own: starting, restarting, stalled, stopped.
+    """
+
+    def __init__(
+        self, options: EngineOptions, *, patience: Patience | None = None, worker: str = WORKER
+    ) -> None:
+        self.observers: list[Observer] = []  # called with every Outputs and State, on the loop
+        self.num_discarded = 0  # tokens that reached this process and nobody read
+        self._supervisor = Supervisor(options, patience or Patience(), self, worker)
+        self._state = State(stage="stopped")
+        self._changed = asyncio.Event()  # replaced at each change of stage
+        self._stage_since = time.monotonic()
+        self._load_seconds = 10.0  # a guess until a load was timed
+        self._next_id = 0
+        self._generations: dict[int, Generation] = {}
+        self._admissions: dict[int, asyncio.Future[None]] = {}
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- state
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def is_ready(self) -> bool:
+        return self._state.stage == "ready"
+
+    @property
+    def num_restarts(self) -> int:
+        return self._supervisor.num_restarts
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._generations)
+
+    @property
+    def pid(self) -> int | None:
+        return self._supervisor.pid
+
+    def heartbeat_age(self) -> float:
+        """Seconds since anything was heard from the engine."""
+        return self._supervisor.watchdog.silence()
+
+    def retry_after(self) -> float:
+        """Seconds after which a refused client may find the engine ready."""
+        elapsed = time.monotonic() - self._stage_since
+        remaining = self._load_seconds - elapsed
+        if self._state.stage == "loading" and self._state.progress > 0.05:
+            remaining = elapsed / self._state.progress - elapsed
+        return max(1.0, min(MAX_RETRY_AFTER, remaining))
+
+    async def wait_ready(self) -> None:
+        """Return once requests are served. Raises ``EngineFailure`` when they never will be."""
+        while not self.is_ready:
+            if self._state.stage in NEVER_READY:
+                reason = self._state.reason or f"the engine is {self._state.stage}"
+                raise errors.EngineFailure(reason)
+            await self._changed.wait()
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Start the engine process and the task that watches over it."""
+        self._supervisor.start()
+
+    async def drain(self) -> None:
+        """Refuse new work from now on; return when everything accepted has ended."""
+        self._is_draining = True
+        self._supervisor.send(Control(id=0, verb="drain"))
+        self.announced(replace(self._state, stage="draining"))
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        """End the engine process; every request still waiting fails."""
+        self._is_draining = True
+        await self._supervisor.stop()
+
+    async def ping(self) -> Reply:
+        """Ask the engine for a sign of life between two steps. Raises ``EngineFailure``."""
+        if not self._supervisor.is_connected:
+            raise errors.EngineFailure("no engine is connected")
+        number = self._new_id()
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[number] = reply
+        try:
+            self._supervisor.send(Control(id=number, verb="ping"))
+            return await reply
+        finally:
+            self._replies.pop(number, None)
+
+    # ---- requests
+
+    @contextlib.asynccontextmanager
+    async def submit(
+        self,
+        prompt: list[int],
+        settings: Sequence[SamplingSettings],
+        *,
+        namespace: bytes = b"",
+        account: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+        deadline: float | None = None,
+        max_queue: float | None = None,
+        prompt_logprobs: int | None = None,
+        request_id: str = "",
+    ) -> AsyncIterator[Generation]:
+        """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
+        submit = Submit(
+            id=self._new_id(),
+            prompt=prompt,
+            settings=list(settings),
+            namespace=namespace,
+            account=account,
+            weight=weight,
+            priority=priority,
+            deadline=deadline,
+            max_queue=max_queue,
+            prompt_logprobs=prompt_logprobs,
+            request_id=request_id,
+        )
+        generation = await self._admit(submit)
+        try:
+            yield generation
+        finally:
+            self._leave(generation)
+
+    async def _admit(self, submit: Submit) -> Generation:
+        """Register, send, wait for the answer; a refusal or a hang-up leaves nothing behind."""
+        self._refuse_unless_serving()
+        generation = self._register(submit)
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._admissions[submit.id] = admission
+        try:
+            self._supervisor.send(submit)
+            await admission
+        except BaseException as error:
+            if isinstance(error, errors.PronkError):
+                generation.close()  # refused: the engine holds nothing to cancel
+            self._leave(generation)
+            raise
+        finally:
+            self._admissions.pop(submit.id, None)
+        return generation
+
+    def _refuse_unless_serving(self) -> None:
+        if self.is_ready and self._supervisor.is_connected and not self._is_draining:
+            return
+        stage = "draining" if self._is_draining else self._state.stage
+        code, message = REFUSALS.get(stage, REFUSALS["restarting"])
+        raise errors.Unavailable(message, code=code, retry_after=self.retry_after())
+
+    def _register(self, submit: Submit) -> Generation:
+        def cancel(choice: int) -> None:
+            self._supervisor.send(Cancel(submit.id, choice))
+
+        generation = Generation(submit.id, len(submit.settings), cancel)
+        self._generations[submit.id] = generation
+        self._idle.clear()
+        return generation
+
+    def _leave(self, generation: Generation) -> None:
+        """The one door of cancellation: hang-ups, deadlines, stop strings and ends all pass it."""
+        if not generation.is_finished:
+            self._supervisor.send(Cancel(generation.number))
+        generation.close()
+        self.num_discarded += generation.num_discarded
+        self._generations.pop(generation.number, None)
+        if not self._generations:
+            self._idle.set()
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    # ---- what the supervisor tells
+
+    def received(self, message: FromEngine) -> None:
+        match message:
+            case Outputs():
+                self._deliver(message)
+            case State():
+                self.announced(message)
+            case Accepted():
+                self._settle(message.id, None)
+            case Refused():
+                self._settle(message.id, as_error(message))
+            case Reply():
+                reply = self._replies.get(message.id)
+                if reply is not None and not reply.done():
+                    reply.set_result(message)
+
+    def announced(self, state: State) -> None:
+        if self._is_draining and state.stage == "ready":
+            state = replace(state, stage="draining")
+        earlier, self._state = self._state, state
+        if state.stage != earlier.stage:
+            self._note_change(earlier.stage, state.stage)
+        self._tell(state)
+
+    def lost(self, reason: str) -> None:
+        """Nobody waits for a dead engine."""
+        for admission in self._admissions.values():
+            if not admission.done():
+                admission.set_exception(errors.EngineFailure("the engine failed: try again"))
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(errors.EngineFailure(reason))
+        for generation in self._generations.values():
+            generation.fail("the engine failed while it answered: try again")
+
+    def _settle(self, number: int, error: errors.PronkError | None) -> None:
+        """Answer the submit that waits; one that hung up has left no future behind."""
+        admission = self._admissions.get(number)
+        if admission is None or admission.done():
+            return
+        if error is None:
+            admission.set_result(None)
+        else:
+            admission.set_exception(error)
+
+    def _deliver(self, outputs: Outputs) -> None:
+        self._tell(outputs)  # before the generations, whose merging makes the lists grow
+        for output in outputs.outputs:
+            generation = self._generations.get(output.id)
+            if generation is not None:
+                generation.push(output)
+            else:
+                self.num_discarded += len(output.tokens)
+
+    def _tell(self, message: Outputs | State) -> None:
+        for observer in self.observers:
+            try:
+                observer(message)
+            except Exception:  # a metric that fails must not cost the engine its connection
+                logger.exception("an observer of the engine failed")
+
+    def _note_change(self, earlier: str, stage: str) -> None:
+        now = time.monotonic()
+        if stage == "ready" and earlier in BEFORE_READY:
+            self._load_seconds = now - self._stage_since
+        if not {earlier, stage} <= BEFORE_READY:
+            self._stage_since = now
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+REFUSALS = {
+    "starting": ("loading", "the model is being loaded: try again later"),
+    "loading": ("loading", "the model is being loaded: try again later"),
+    "warming_up": ("loading", "the model is being warmed up: try again later"),
+    "restarting": ("engine_restarting", "the engine is being restarted: try again later"),
+    "stalled": ("engine_restarting", "the engine makes no progress: try again later"),
+    "draining": ("draining", "the server is shutting down: try again, if possible elsewhere"),
+    "failed": ("engine_failed", "the engine could not be started"),
+    "stopped": ("engine_failed", "the engine is stopped"),
+}
+
+
+def as_error(refused: Refused) -> errors.PronkError:
+    """The class of ``service.errors`` the engine named; any other name is a failure of its own."""
+    kind = getattr(errors, refused.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.PronkError)):
+        kind = errors.EngineFailure
+    return kind(
+        refused.message, param=refused.param, code=refused.code, retry_after=refused.retry_after
+    )

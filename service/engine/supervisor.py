@@ -1,0 +1,217 @@
+"""Keeps one engine process alive: starts it, connects, watches, ends a stuck one, starts another.
+
+What it learns goes to its ``Owner`` (the client); what a request means is none of its business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from service.engine.link import Link, connect
+from service.engine.messages import Control, FromEngine, State, ToEngine
+from service.engine.options import EngineOptions
+from service.engine.process import WORKER, EngineProcess, make_socket_path, remove_socket
+from service.engine.watchdog import Watchdog
+
+logger = logging.getLogger("pronk.engine")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for what, in seconds, and how often to try again."""
+
+    connect_interval: float = 0.02
+    stop: float = 5.0  # for the engine to leave by itself before it is killed
+    restart_delay: float = 0.5  # doubled with each attempt
+    max_restart_delay: float = 15.0
+    max_restarts: int = 5  # within restart_window; past it the engine stays "failed"
+    restart_window: float = 600.0
+    stalled_after: float = 10.0  # without progress; a step may take ten times its estimate
+    kill_after: float = 120.0  # stalled for so long: dump its stacks, kill, restart
+    watch_interval: float = 0.5
+
+
+class Owner(Protocol):
+    """What the supervisor tells the client."""
+
+    def received(self, message: FromEngine) -> None: ...
+    def announced(self, state: State) -> None: ...
+    def lost(self, reason: str) -> None: ...
+
+
+class Supervisor:
+    """One engine process after the other until one may not be followed by another."""
+
+    def __init__(
+        self, options: EngineOptions, patience: Patience, owner: Owner, worker: str = WORKER
+    ) -> None:
+        self.num_restarts = 0
+        self.watchdog = Watchdog(patience.stalled_after)
+        self._options = options
+        self._patience = patience
+        self._owner = owner
+        self._worker = worker
+        self._process: EngineProcess | None = None
+        self._link: Link | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self._has_served = False
+        self._failure: str | None = None  # the reason the engine itself gave for not loading
+
+    @property
+    def is_connected(self) -> bool:
+        return self._link is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, None between two of them."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        assert self._task is None, "started twice"
+        self._owner.announced(State(stage="starting"))
+        self._task = asyncio.create_task(self._run(), name="engine supervisor")
+
+    async def stop(self) -> None:
+        """End the engine, gently while it listens; nothing of it is left behind."""
+        self._is_stopping = True
+        if self._task is None:
+            return
+        self.send(Control(id=0, verb="shutdown"))
+        if self.is_connected:
+            await asyncio.wait([self._task], timeout=self._patience.stop)
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._task = None
+        self._owner.announced(State(stage="stopped"))
+
+    def send(self, message: ToEngine) -> None:
+        """Nothing happens while there is no engine: what it owned ended with it."""
+        if self._link is not None:
+            self._link.send(message)
+
+    # ---- one engine after the other
+
+    async def _run(self) -> None:
+        try:
+            await self._supervise()
+        except Exception as error:  # a bug here must not leave clients waiting for an engine
+            logger.exception("the engine can no longer be supervised")
+            self._owner.announced(State(stage="failed", reason=type(error).__name__))
+
+    async def _supervise(self) -> None:
+        restarts: deque[float] = deque()
+        while True:
+            reason = await self._run_engine()
+            if self._is_stopping:
+                return
+            if self._failure is not None and not self._has_served:
+                return  # the model cannot be loaded: trying again would not change that
+            if not self._may_restart(restarts):
+                self._owner.announced(State(stage="failed", reason=f"{reason}; gave up restarting"))
+                return
+            self.num_restarts += 1
+            self._owner.announced(State(stage="restarting", reason=reason))
+            logger.error("%s: restarting it", reason)
+            delay = self._patience.restart_delay * 2 ** (len(restarts) - 1)
+            await asyncio.sleep(min(delay, self._patience.max_restart_delay))
+
+    def _may_restart(self, restarts: deque[float]) -> bool:
+        """Note one more restart; False when there were too many of late."""
+        now = time.monotonic()
+        restarts.append(now)
+        while restarts[0] < now - self._patience.restart_window:
+            restarts.popleft()
+        return len(restarts) <= self._patience.max_restarts
+
+    async def _run_engine(self) -> str:
+        """One engine from its start to its end; returns why it ended."""
+        path = self._options.socket or make_socket_path()
+        options = replace(self._options, socket=path, parent=os.getpid())
+        reason, self._failure = "the engine stopped", None
+        try:
+            self.watchdog.reset()
+            self._process = await EngineProcess.spawn(options, self._worker)
+            await self._attend(self._process, path)
+            code = await self._process.end(self._patience.stop)
+            reason = self._failure or f"the engine ended unexpectedly ({describe_exit(code)})"
+        except OSError as error:
+            reason = f"the engine process could not be started: {error.strerror}"
+        finally:
+            if self._process is not None:
+                await self._process.kill()
+            self._process = None
+            remove_socket(path)
+            self._owner.lost(reason)
+        return reason
+
+    async def _attend(self, process: EngineProcess, path: str) -> None:
+        """Connect and stay until the connection ends, which it does with the process."""
+        link = await self._connect(process, path)
+        if link is None:
+            return
+        self._link = link
+        watch = asyncio.create_task(self._watch(process), name="engine watchdog")
+        try:
+            await link.closed
+        finally:
+            self._link = None
+            link.close()
+            watch.cancel()
+
+    async def _connect(self, process: EngineProcess, path: str) -> Link | None:
+        """Knock until somebody opens; None when the process ends first."""
+        while process.is_running:
+            if link := await connect(path, self._receive):
+                return link
+            await asyncio.sleep(self._patience.connect_interval)
+        return None
+
+    def _receive(self, message: FromEngine) -> None:
+        self.watchdog.heard(message)
+        if isinstance(message, State):
+            self._has_served = self._has_served or message.stage == "ready"
+            if message.stage == "failed":
+                self._failure = message.reason
+            elif message.stage == "ready" and self.watchdog.is_stalled():
+                message = self._stalled(message)
+        self._owner.received(message)
+
+    # ---- the one that is stuck
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Unready while it makes no progress, ended when that lasts: it cannot be asked to stop."""
+        stalled_since: float | None = None
+        while True:
+            await asyncio.sleep(self._patience.watch_interval)
+            if not self.watchdog.is_stalled():
+                stalled_since = None
+                continue
+            now = time.monotonic()
+            if stalled_since is None:
+                stalled_since = now
+                logger.warning("the engine is stuck: %s", self.watchdog.describe())
+                self._owner.announced(self._stalled(self.watchdog.state))
+            elif now - stalled_since > self._patience.kill_after:
+                process.dump_stacks()
+                await asyncio.sleep(self._patience.watch_interval)
+                process.kill_now()
+                return
+
+    def _stalled(self, state: State) -> State:
+        return replace(state, stage="stalled", reason=self.watchdog.describe())
+
+
+def describe_exit(code: int) -> str:
+    """``signal 9`` or ``exit code 3``."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
