@@ -18,7 +18,7 @@ RUN python3 -m venv /opt/pronk
 COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pronk/bin/pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url ${TORCH_INDEX_URL}} torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model ./model
 COPY service ./service
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -1,0 +1,35 @@
+"""Builds the optional decode kernels; everything else stands in pyproject.toml.
+
+Without a C compiler, or on another processor family, the build goes on without them and pronk runs
+on PyTorch alone. The file is a plain shared library for ctypes, not a Python extension. It links no
+OpenMP runtime: it uses the one torch brings into the process.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
+FLAGS = ["-O3", "-fopenmp", *(f"-m{name}" for name in INSTRUCTION_SETS)]
+
+kernels = Extension(
+    "model.kernels._decode",
+    sources=["model/kernels/decode.c"],
+    extra_compile_args=FLAGS,
+    optional=True,
+)
+
+
+class BuildKernels(build_ext):
+    """A missing compiler is a warning, not an error."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            self.warn(f"the optional decode kernels were not built: {error}")
+
+
+on_x86 = platform.machine() in {"x86_64", "AMD64"} and platform.system() == "Linux"
+setup(ext_modules=[kernels] if on_x86 else [], cmdclass={"build_ext": BuildKernels})
