@@ -1,0 +1,8 @@
+"""The small Llama that ships with pronk. Nothing here imports torch; only `train` does."""
+
+from pathlib import Path
+
+
+def bundled_model_path() -> Path:
+    """A plain Hugging Face folder, read by the same loader as any other."""
+    return Path(__file__).parent / "weights"
