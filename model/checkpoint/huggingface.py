@@ -1,0 +1,94 @@
+"""Hugging Face folders: config.json, generation_config.json and safetensors files."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from model.checkpoint.documents import read_json, read_optional_json
+from model.checkpoint.errors import CheckpointError, some_names
+from model.checkpoint.inspection import Checkpoint
+from model.checkpoint.stored import Reading, StoredTensor, Weights, mapped
+from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+# Buffers of old files that follow from the config.
+_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")
+_MULTIMODAL = re.compile(r"(model\.)?(language_model|vision_model|vision_tower|visual)\.")
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    if not (checkpoint.folder / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint.folder} holds safetensors files but no config.json")
+    config = read_json(checkpoint.folder / "config.json")
+    _refuse_quantized(config)
+    generation = read_optional_json(checkpoint.folder / "generation_config.json")
+    return ModelConfig.from_huggingface(config, generation)
+
+
+def _refuse_quantized(config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    method = "unknown"
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method") or quantization.get("quantization_type") or method
+    raise CheckpointError(
+        f"the weights are quantized with {method!r}, which is not supported yet: "
+        "use the unquantized checkpoint or a GGUF file"
+    )
+
+
+def open_weights(checkpoint: Checkpoint) -> Weights:
+    config = read_config(checkpoint)
+    tensors = [tensor for file in checkpoint.files for tensor in _tensors_of(str(file))]
+    return Weights(config, tensors)
+
+
+def _tensors_of(file: str) -> list[StoredTensor]:
+    """The tensors of one file in the order they lie in; the header is checked by safetensors."""
+    try:
+        handle: Any = safe_open(file, framework="pt")  # maps the file, reads the header
+        names = [name for name in handle.offset_keys() if not _DERIVED.fullmatch(name)]
+        _refuse_multimodal(names)
+        return [_stored(handle, name, file) for name in names]
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{_base(file)} is damaged or no safetensors file: {error}"
+        ) from error
+
+
+def _stored(handle: Any, name: str, file: str) -> StoredTensor:
+    view = handle.get_slice(name)
+    shape, dtype = tuple(view.get_shape()), view.get_dtype()
+    if dtype not in ITEM_SIZES:
+        raise CheckpointError(
+            f"{name} in {_base(file)} is stored as {dtype}, which is not supported: "
+            "use a checkpoint in bfloat16, float16 or float32"
+        )
+    size = math.prod(shape) * ITEM_SIZES[dtype]
+    return StoredTensor(name, shape, size, partial(_read, handle, name))
+
+
+def _read(handle: Any, name: str, dtype: torch.dtype) -> Reading:
+    return mapped(handle.get_tensor(name))
+
+
+def _refuse_multimodal(names: list[str]) -> None:
+    if found := [name for name in names if _MULTIMODAL.match(name)]:
+        raise CheckpointError(
+            f"the checkpoint holds more than a text model ({some_names(found, 1)}): "
+            "vision and multimodal checkpoints are not supported"
+        )
+
+
+def _base(file: str) -> str:
+    return file.rsplit("/", 1)[-1]

@@ -1,0 +1,166 @@
+"""From a checkpoint to a network ready to run: checked by name and shape first, then streamed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+
+from model.checkpoint import gguf, huggingface, meta
+from model.checkpoint.errors import CheckpointError, some_names
+from model.checkpoint.inspection import Checkpoint
+from model.checkpoint.stored import StoredTensor, Weights
+from model.config import ModelConfig
+from model.llama import Llama, WeightSlot
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+_OPENERS: dict[str, Callable[[Checkpoint], Weights]] = {
+    "huggingface": huggingface.open_weights,
+    "meta": meta.open_weights,
+    "gguf": gguf.open_weights,
+}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str | torch.device,
+    attention: str,
+    progress: Progress | None,
+) -> Llama:
+    device = torch.device(device)
+    weights = _settle_tying(_OPENERS[checkpoint.format](checkpoint))
+    _check_layers(weights)
+    _check_sizes(checkpoint, weights)
+    wanted = resolve_dtype(dtype, weights.config.dtype, device)
+    model = Llama(weights.config, wanted, device, attention=attention)
+    fill(model.slots(), weights, wanted, progress)
+    model.pack()
+    return model.eval()
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The config as loading would see it, with what only the weights can tell."""
+    return _settle_tying(_OPENERS[checkpoint.format](checkpoint)).config
+
+
+def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
+    """``auto`` is the checkpoint's own, but for CPUs that would crawl in it.
+
+    CPUs compute float16 at a tenth of the speed of anything else, and bfloat16 only some in
+    hardware; bfloat16 stands in for float16 because its sources were mostly trained in it.
+    """
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cpu" and stored in {"float16", "bfloat16"}:
+        return torch.bfloat16 if _has_bfloat16() else torch.float32
+    return _DTYPES[stored]
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm's BF16)."""
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _settle_tying(weights: Weights) -> Weights:
+    """Makes embedding and head agree with the config, whichever of the two the files hold.
+
+    Tied checkpoints come with the embedding alone, the head alone, or both; where both differ the
+    config is wrong and they are not tied (as transformers decides).
+    """
+    if not weights.config.tie_embeddings:
+        return weights
+    stored = {tensor.name: tensor for tensor in weights.tensors}
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    if head is None:
+        return weights
+    if embedding is None:
+        renamed = [replace(t, name=_EMBEDDING) if t is head else t for t in weights.tensors]
+        return Weights(weights.config, renamed)
+    if _is_equal(head, embedding):
+        return Weights(weights.config, [t for t in weights.tensors if t is not head])
+    return Weights(replace(weights.config, tie_embeddings=False), weights.tensors)
+
+
+def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    with one.read(torch.float32) as left, other.read(torch.float32) as right:
+        return torch.equal(left[:1], right[:1]) and torch.equal(left, right)
+
+
+def _check_layers(weights: Weights) -> None:
+    """Before the network is built, so that a lying config cannot ask for a million layers."""
+    found = {int(match[1]) for tensor in weights.tensors if (match := _LAYER.match(tensor.name))}
+    if len(found) < weights.config.num_layers:
+        raise CheckpointError(
+            f"the config says {weights.config.num_layers} layers, the files hold {len(found)}"
+        )
+
+
+def _check_sizes(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Many names may not stand for the same bytes (a tied head stored twice may)."""
+    claimed = sum(tensor.num_bytes for tensor in weights.tensors)
+    if claimed > 2 * checkpoint.num_bytes:
+        raise CheckpointError(
+            f"the tensors claim {claimed} bytes where the files hold {checkpoint.num_bytes}"
+        )
+
+
+def check_names(slots: Mapping[str, WeightSlot], tensors: list[StoredTensor]) -> None:
+    """Every slot has its tensor, every tensor its slot, and their shapes agree."""
+    stored = {tensor.name: tensor for tensor in tensors}
+    if len(stored) < len(tensors):
+        counts = Counter(tensor.name for tensor in tensors)
+        doubled = [name for name, count in counts.items() if count > 1]
+        raise CheckpointError(f"stored more than once: {some_names(doubled)}")
+    problems = []
+    if missing := slots.keys() - stored.keys():
+        problems.append(f"{len(missing)} tensors are missing ({some_names(missing)})")
+    if surplus := stored.keys() - slots.keys():
+        problems.append(f"{len(surplus)} have no place in the network ({some_names(surplus)})")
+    misshapen = {
+        f"{name} is {list(stored[name].shape)}, expected {list(slots[name].shape)}"
+        for name in slots.keys() & stored.keys()
+        if tuple(slots[name].shape) != stored[name].shape
+    }
+    if misshapen:
+        problems.append(f"{len(misshapen)} are misshapen ({some_names(misshapen)})")
+    if problems:
+        raise CheckpointError("the weights do not fit the config: " + "; ".join(problems))
+
+
+# --------------------------------------------------------------------------- filling
+
+
+def fill(
+    slots: Mapping[str, WeightSlot],
+    weights: Weights,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> None:
+    """Stores tensor after tensor, holding one source at a time; ``progress`` counts bytes read."""
+    check_names(slots, weights.tensors)
+    done, total = 0, sum(tensor.num_bytes for tensor in weights.tensors)
+    for stored in weights.tensors:
+        with stored.read(dtype) as tensor:
+            slots[stored.name].fill(tensor)
+        done += stored.num_bytes
+        if progress is not None:
+            progress(done, total)
