@@ -1,0 +1,268 @@
+"""Draws one token a row from a batch of logits.
+
+A draw is a function of (seed, choice, position) and of the row's own distribution: never of the
+neighbours, their settings, their number, or of which path below was fast enough. Three kinds of
+row, told apart by the row's own settings:
+
+- greedy (temperature below 1e-5): the largest logit, the smallest id among equals;
+- unfiltered: one uniform through the inverse of the cumulative distribution in order of token id;
+- filtered (top-k, top-p, min-p): the same in order of falling probability, the smaller id first
+  among equals, over the kept prefix of that order. As in vLLM min-p is taken first, relative to
+  the largest probability, then exactly k, then top-p of what those left.
+
+A filtered row is drawn from its few hundred largest logits. Where these do not show the end of the
+kept prefix, ``collect`` draws that row again from more of them, at last from all: every width gives
+the same token, because weights are whole multiples of 2^-35 whose float64 sums are exact.
+"""
+
+# R rows drawn, n rows of one kind, V vocabulary, K candidates
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+
+import torch
+from torch import Tensor
+
+from model.drawing import DrawSettings, draw_by_id, draw_by_rank, pick_largest
+from model.logprobs import PendingLogprobs, RawLogprob, launch_logprobs, prompt_logprobs
+from model.penalties import PenaltyState, adjust, is_adjusted
+from model.random_draws import uniform
+from model.transfers import HostCopy, to_device
+
+GREEDY_BELOW = 1e-5  # vLLM's; smaller temperatures leave the largest logit alone anyway
+_FEW, _MANY, _LOTS = 64, 256, 8192  # candidates: for small top-k, for the rest, on a second try
+
+
+class _Kind(Enum):
+    GREEDY = auto()
+    UNFILTERED = auto()
+    FILTERED = auto()
+
+
+class DrawError(StrEnum):
+    """Why a row could not be drawn: that row fails, its neighbours do not."""
+
+    NOT_FINITE = "the model's logits are not finite"
+    NOTHING_ALLOWED = "no token is left to draw: all are banned or not allowed"
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """How one row is drawn. Fields mean what the wire's say.
+
+    ``prompt`` and ``output`` are read only where a penalty is set and ``penalties`` is not given:
+    keep a ``PenaltyState`` for each penalised sequence, so that no step reads a long prompt again.
+    A long ``allowed`` may be an int64 tensor, for the same reason.
+    """
+
+    logits_row: int  # which row of the logits; several may share one
+    seed: int = 0
+    choice: int = 0
+    position: int = 0  # index the drawn token will have in its sequence
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1 are off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed: Sequence[int] | Tensor | None = None
+    banned: Sequence[int] = ()
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    penalties: PenaltyState | None = None
+    logprobs: int | None = None  # alternatives besides the drawn token; None is off
+
+    def kind(self, vocab_size: int) -> _Kind:
+        if self.temperature < GREEDY_BELOW:
+            return _Kind.GREEDY
+        if self.top_p < 1.0 or self.min_p > 0.0 or 0 < self.top_k < vocab_size:
+            return _Kind.FILTERED
+        return _Kind.UNFILTERED
+
+    def draw_settings(self, vocab_size: int) -> DrawSettings:
+        return DrawSettings(
+            uniform=uniform(self.seed, self.choice, self.position),
+            inverse_temperature=1.0 / max(self.temperature, GREEDY_BELOW),
+            top_k=self.top_k if 0 < self.top_k < vocab_size else vocab_size,
+            top_p=self.top_p,
+            log_min_p=math.log(self.min_p) if self.min_p > 0.0 else -math.inf,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """``token`` is -1 where there is an ``error``."""
+
+    token: int
+    logprob: RawLogprob | None = None
+    error: DrawError | None = None
+
+
+class Sampler:
+    """Stateless but for the size of its vocabulary."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+
+    def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawn:
+        """Queues the draws of ``rows`` from ``logits`` [*, V] float32, which it never changes.
+
+        Waits for nothing. The logits must stay as they are until ``collect`` has returned.
+        """
+        assert logits.dtype == torch.float32, "sampling is done in float32"
+        assert logits.size(1) == self.vocab_size, "logits of another vocabulary"
+        groups = [
+            _Group.launch(kind, logits, rows, members, self.vocab_size)
+            for kind, members in self._members_by_kind(rows).items()
+        ]
+        return Drawn(logits, rows, groups)
+
+    def prompt_logprobs(
+        self, logits: Tensor, targets: Sequence[int], num_alternatives: int
+    ) -> list[RawLogprob]:
+        """Of ``targets[i]`` under ``logits[i]``: the prompt's tokens. Waits for the device."""
+        return prompt_logprobs(logits, targets, num_alternatives)
+
+    def _members_by_kind(self, rows: Sequence[SamplingRow]) -> dict[_Kind, list[int]]:
+        members: dict[_Kind, list[int]] = {}
+        for index, row in enumerate(rows):
+            members.setdefault(row.kind(self.vocab_size), []).append(index)
+        return members
+
+
+@dataclass(slots=True)
+class _Group:
+    """The rows of one kind, drawn by one call."""
+
+    members: list[int]
+    logits: Tensor  # [n, V], adjusted
+    settings: list[DrawSettings]
+    drawn: Tensor  # [n, 3] float64, see model.drawing
+
+    @classmethod
+    def launch(
+        cls,
+        kind: _Kind,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        members: list[int],
+        vocab_size: int,
+    ) -> _Group:
+        chosen = [rows[i] for i in members]
+        is_changed = any(is_adjusted(row) for row in chosen)
+        own = _take(logits, [row.logits_row for row in chosen], is_changed=is_changed)
+        if is_changed:
+            adjust(own, chosen)
+        settings = [row.draw_settings(vocab_size) for row in chosen]
+        return cls(members, own, settings, _draw(kind, own, settings))
+
+    def redraw(self, places: list[int], num_candidates: int) -> Tensor:
+        """[m, 3]: the filtered rows at ``places`` of this group, from more candidates."""
+        settings = [self.settings[place] for place in places]
+        return draw_by_rank(self.logits[places], settings, num_candidates)
+
+
+class Drawn:
+    """Draws on their way: nothing has been waited for until ``collect``."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[SamplingRow], groups: list[_Group]) -> None:
+        self._logits = logits
+        self._rows = rows
+        self._groups = groups
+        self._order = [index for group in groups for index in group.members]
+        self._drawn: HostCopy | None = None
+        self._scored: list[int] = []
+        self._scores: PendingLogprobs | None = None
+        if groups:
+            drawn = torch.cat([group.drawn for group in groups])
+            self._drawn = HostCopy(drawn)
+            self._launch_logprobs(drawn[:, 0].long())
+
+    def collect(self) -> list[Draw]:
+        """One ``Draw`` a row, in the rows' order. The one place that waits for the device."""
+        if self._drawn is None:
+            return []
+        outcomes = dict(zip(self._order, self._drawn.wait().tolist(), strict=True))
+        redrawn = self._redraw(outcomes)
+        logprobs = self._read_logprobs()
+        logprobs |= self._score_again([i for i in self._scored if i in redrawn], outcomes)
+        return [_as_draw(outcomes[i], logprobs.get(i)) for i in range(len(self._rows))]
+
+    def _launch_logprobs(self, tokens: Tensor) -> None:
+        """``tokens`` [R] are in the groups' order."""
+        places = [p for p, i in enumerate(self._order) if self._rows[i].logprobs is not None]
+        self._scored = [self._order[place] for place in places]
+        if places:
+            index = to_device(torch.tensor(places), tokens.device)
+            self._scores = self._score(self._scored, tokens[index])
+
+    def _score(self, members: list[int], tokens: Tensor) -> PendingLogprobs:
+        rows = [self._rows[i] for i in members]
+        logits = _take(self._logits, [row.logits_row for row in rows], is_changed=False)
+        return launch_logprobs(logits, tokens, alternatives=any(row.logprobs for row in rows))
+
+    def _redraw(self, outcomes: dict[int, list[float]]) -> set[int]:
+        """Settles the rows whose candidates did not suffice, group by group; their indices."""
+        redrawn: set[int] = set()
+        for group in self._groups:
+            for num_candidates in (_LOTS, group.logits.size(1)):
+                places = [p for p, i in enumerate(group.members) if not outcomes[i][2]]
+                if not places:
+                    break
+                members = [group.members[place] for place in places]
+                again = group.redraw(places, num_candidates).tolist()
+                outcomes.update(zip(members, again, strict=True))
+                redrawn.update(members)
+        return redrawn
+
+    def _read_logprobs(self) -> dict[int, RawLogprob]:
+        if self._scores is None:
+            return {}
+        return dict(
+            zip(self._scored, self._scores.on_host(self._wanted(self._scored)), strict=True)
+        )
+
+    def _score_again(
+        self, members: list[int], outcomes: dict[int, list[float]]
+    ) -> dict[int, RawLogprob]:
+        if not members:
+            return {}
+        tokens = torch.tensor([int(outcomes[i][0]) for i in members], device=self._logits.device)
+        scores = self._score(members, tokens)
+        return dict(zip(members, scores.on_host(self._wanted(members)), strict=True))
+
+    def _wanted(self, members: list[int]) -> list[int]:
+        return [self._rows[i].logprobs or 0 for i in members]
+
+
+def _draw(kind: _Kind, logits: Tensor, settings: list[DrawSettings]) -> Tensor:
+    if kind is _Kind.GREEDY:
+        return pick_largest(logits)
+    if kind is _Kind.UNFILTERED:
+        return draw_by_id(logits, settings)
+    is_small = all(row.top_k < _FEW for row in settings)
+    return draw_by_rank(logits, settings, _FEW if is_small else _MANY)
+
+
+def _take(logits: Tensor, rows: list[int], *, is_changed: bool) -> Tensor:
+    """[n, V]: a view where the rows lie side by side and nobody writes to it, else a copy."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        view = logits[rows[0] : rows[0] + len(rows)]
+        return view.clone() if is_changed else view
+    return logits[to_device(torch.tensor(rows), logits.device)]
+
+
+def _as_draw(outcome: list[float], logprob: RawLogprob | None) -> Draw:
+    token, best, _ = outcome
+    if best == -math.inf:
+        return Draw(-1, error=DrawError.NOTHING_ALLOWED)
+    if not math.isfinite(best) or (logprob is not None and math.isnan(logprob.logprob)):
+        return Draw(-1, error=DrawError.NOT_FINITE)
+    return Draw(int(token), logprob)
