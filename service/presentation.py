@@ -1,0 +1,104 @@
+"""What ``pronk serve`` shows a person: loading progress, the banner, a sample completion."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from fastapi import FastAPI
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from service import __version__, listener
+from service.engine.client import EngineClient
+from service.engine.messages import State
+from service.registry import ServedModel
+from service.settings import Settings
+
+logger = logging.getLogger("pronk")
+
+SAMPLE_PROMPT = "Once upon a time"
+SAMPLE_TOKENS = 60
+
+
+@contextmanager
+def loading(engine: EngineClient) -> Iterator[None]:
+    """A progress bar in a terminal, one line a stage elsewhere, until the block is left."""
+    if not sys.stderr.isatty():
+        observe = _StageLines()
+        engine.observers.append(observe)
+        try:
+            yield
+        finally:
+            engine.observers.remove(observe)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+
+        def show(message: object) -> None:
+            if isinstance(message, State):
+                text = message.stage.replace("_", " ")
+                progress.update(task, description=text, completed=message.progress)
+
+        engine.observers.append(show)
+        try:
+            yield
+        finally:
+            engine.observers.remove(show)
+
+
+class _StageLines:
+    """Logs each change of stage once."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+
+    def __call__(self, message: object) -> None:
+        if isinstance(message, State) and message.stage != self.stage:
+            self.stage = message.stage
+            if message.stage not in ("ready", "failed"):
+                logger.info("%s", message.stage.replace("_", " "))
+
+
+def banner(settings: Settings, model: ServedModel, state: State, socket: listener.Socket) -> None:
+    """Model, device, dtype, cache and address: what an operator asks first."""
+    capacity = max(0, state.num_blocks - 1) * state.block_size
+    facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
+    logger.info("pronk %s serves %s", __version__, ", ".join(model.names))
+    logger.info("%s", facts)
+    logger.info(
+        "context %s tokens  KV cache %s tokens (%s pages of %s)",
+        f"{model.context:,}",
+        f"{capacity:,}",
+        f"{max(0, state.num_blocks - 1):,}",
+        state.block_size,
+    )
+    if settings.log_content:
+        logger.warning("--log-content is on: prompts and answers are written to the log")
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("no --api-key: whoever reaches this address may use the model")
+    logger.info("ready on %s", listener.address(settings, socket))
+
+
+async def sample(app: FastAPI, settings: Settings, model: ServedModel) -> None:
+    """One completion through the whole service, printed: proof that it answers."""
+    headers = {}
+    if settings.api_key:
+        headers["Authorization"] = f"Bearer {settings.api_key[0].get_secret_value()}"
+    body = {"prompt": SAMPLE_PROMPT, "max_tokens": SAMPLE_TOKENS, "seed": 1}
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://pronk") as client:
+        answer = await client.post("/v1/completions", json=body, headers=headers, timeout=None)
+    if answer.status_code != 200:
+        logger.warning("the sample completion failed: %s", answer.json()["error"]["message"])
+        return
+    text = answer.json()["choices"][0]["text"]
+    Console(highlight=False).print(
+        f"\n[bold]{SAMPLE_PROMPT}[/bold]", end="", markup=True, soft_wrap=True
+    )
+    Console(highlight=False).print(text + "\n", markup=False, soft_wrap=True)
+    sys.stdout.flush()

@@ -1,0 +1,266 @@
+"""``pronk serve``: from settings to a listening server, and from SIGTERM to a clean end.
+
+The listener is up before the model is: `/readyz` tells stage and progress while it loads. SIGTERM
+drains: `/readyz` turns 503 at once, requests go on being served for ``drain_delay`` seconds (the
+time a balancer takes to notice), then new ones are refused and running ones get ``drain_timeout``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from service import listener, presentation
+from service.api.app import create_app
+from service.engine.client import EngineClient
+from service.engine.messages import State
+from service.engine.options import EngineOptions
+from service.errors import EngineFailure
+from service.logs import configure_logging
+from service.registry import ModelRegistry, ServedModel, fingerprint
+from service.settings import Settings
+
+logger = logging.getLogger("pronk")
+
+MAX_HEADER_BYTES = 64 * 1024
+LINGER = 2  # seconds for answers already written to reach their clients
+UNKNOWN_LENGTH = 1 << 30  # before a checkpoint was read
+DTYPES = {"float": "float32", "half": "float16"}  # vLLM's other spellings
+
+
+class ServeProblem(RuntimeError):
+    """The server cannot start or go on; the text says why in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model comes from. ``path`` is None for a hub id that must be fetched first."""
+
+    reference: str
+    path: Path | None
+    is_bundled: bool = False
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's or file's own name."""
+        if self.is_bundled:
+            return "pronk"
+        if self.path is None:
+            return self.reference
+        resolved = self.path.resolve()
+        return resolved.stem if resolved.suffix == ".gguf" else resolved.name
+
+
+def serve_until_stopped(settings: Settings) -> int:
+    """Serve until a signal; the exit code. Raises ``ServeProblem`` with one clear line."""
+    configure_logging(settings.log_level, settings.log_format)
+    source = find_model(settings.model)
+    try:
+        socket = listener.bind(settings)
+    except listener.CannotListen as error:
+        raise ServeProblem(str(error)) from None
+    with contextlib.closing(socket), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Server(settings, source, socket).run())
+
+
+def find_model(reference: str | None) -> Source:
+    """Say what ``reference`` is without touching the network."""
+    if reference is None:
+        from model.bundled import bundled_model_path
+
+        return Source("pronk", bundled_model_path(), is_bundled=True)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return Source(reference, path)
+    from model.checkpoint.hub import is_hub_id
+
+    if is_hub_id(reference):
+        return Source(reference, None)
+    raise ServeProblem(
+        f"no model at {reference}: give a folder, a .gguf file or a hub id such as org/name"
+    )
+
+
+def engine_options(settings: Settings, source: Source) -> EngineOptions:
+    return EngineOptions(
+        model=str(source.path or ""),
+        socket="",  # the supervisor makes one
+        device=settings.device,
+        dtype=DTYPES.get(settings.dtype, settings.dtype),
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=settings.block_size,
+        num_kv_blocks=settings.num_kv_blocks,
+        kv_cache_memory=settings.kv_cache_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        threads=settings.threads,
+        attention_backend=settings.attention_backend,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: draining is pronk's, and so is the exit code."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One HTTP process with its engine, from start to end."""
+
+    def __init__(self, settings: Settings, source: Source, socket: listener.Socket) -> None:
+        self.settings = settings
+        self.source = source
+        self.socket = socket
+        self.engine = EngineClient(engine_options(settings, source))
+        names = settings.served_model_name or [source.name]
+        self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
+        self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
+        self.http = _Uvicorn(self._uvicorn_config())
+        self.code = 0
+        self._signals = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        return uvicorn.Config(
+            self.app,
+            http="h11",  # httptools accepts headers without bound
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            root_path=self.settings.root_path,
+            ssl_keyfile=self.settings.ssl_keyfile,
+            ssl_certfile=self.settings.ssl_certfile,
+            timeout_keep_alive=self.settings.keep_alive,
+            timeout_graceful_shutdown=LINGER,
+        )
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self.engine.observers.append(self._on_engine)
+        logger.info("listening on %s", listener.address(self.settings, self.socket))
+        self._spawn(self._bring_up())
+        try:
+            await self.http.serve(sockets=[self.socket])
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self.engine.stop()
+        logger.info("stopped")
+        return self.code
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- up
+
+    async def _bring_up(self) -> None:
+        try:
+            with presentation.loading(self.engine):
+                await self._load()
+                await self.engine.wait_ready()
+        except (EngineFailure, ValueError, OSError) as error:
+            self._give_up(f"cannot serve {self.source.reference}: {error}")
+            return
+        presentation.banner(self.settings, self.model, self.engine.state, self.socket)
+        wants_sample = self.settings.sample
+        if wants_sample or (wants_sample is None and self.source.is_bundled):
+            await presentation.sample(self.app, self.settings, self.model)
+
+    async def _load(self) -> None:
+        path = self.source.path or await asyncio.to_thread(self._download)
+        if self.source.path is None:
+            self.engine.set_model(str(path))
+        await self.engine.start()
+        await asyncio.to_thread(describe, self.model, path, self.settings)
+
+    def _download(self) -> Path:
+        from model.checkpoint import hub
+
+        return hub.resolve(
+            self.source.reference,
+            revision=self.settings.revision,
+            download_dir=self.settings.download_dir,
+            offline=self.settings.offline,
+        )
+
+    def _on_engine(self, message: object) -> None:
+        """An engine that will not come back ends the server: its keeper can start it anew."""
+        if isinstance(message, State) and message.stage == "failed":
+            self._give_up(f"the engine failed: {message.reason}")
+
+    def _give_up(self, reason: str) -> None:
+        if self.code == 0 and not self._signals:
+            logger.error(reason)
+            self.code = 1
+            self.http.should_exit = True
+
+    # ---- down
+
+    def _on_signal(self, number: int) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._spawn(self._drain())
+            return
+        logger.warning("second signal: ending at once")
+        self.code = 128 + number
+        self.http.force_exit = True
+        self.http.should_exit = True
+
+    async def _drain(self) -> None:
+        self.app.state.draining = True
+        running = self.engine.num_unfinished
+        logger.info("draining: %d requests are running", running)
+        await asyncio.sleep(self.settings.drain_delay)
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.engine.drain()
+        except TimeoutError:
+            logger.warning(
+                "%d requests did not finish within %g s: ending them",
+                self.engine.num_unfinished,
+                self.settings.drain_timeout,
+            )
+            await self.engine.stop()  # each client gets its one terminal event
+        self.http.should_exit = True
+
+
+def describe(served: ServedModel, path: Path, settings: Settings) -> None:
+    """Fill in what the checkpoint's small files tell: tokenizer, template, lengths, defaults."""
+    from model.chat_template import load_chat_template
+    from model.checkpoint import generation_defaults, load_config
+    from model.tokenizer import load_tokenizer
+
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    override = settings.chat_template
+    served.chat_template = load_chat_template(tokenizer, override)
+    served.max_model_len = settings.max_model_len or config.max_positions
+    served.vocab_size = config.vocab_size
+    served.eos_token_ids = tuple(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_ids]))
+    served.generation_defaults = generation_defaults(path)
+    served.fingerprint = fingerprint(path, repr((settings.dtype, settings.device)).encode())
+    served.tokenizer = tokenizer  # last: its presence says that the rest is there
