@@ -1,0 +1,133 @@
+"""The one error envelope: every failure of every route leaves through here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import (
+    AuthenticationFailed,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PronkError,
+    RequestTooLarge,
+)
+
+LONGEST_PARAM = 200  # characters of a path that are echoed
+MISSING = object()
+
+
+class ErrorBody(Struct):
+    """``code`` is a string or null, as OpenAI has it; the four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(Struct):
+    error: ErrorBody
+
+
+class RequestTimeout(InvalidRequest):
+    """The client took too long over its body."""
+
+    status = 408
+    code = "request_timeout"
+
+
+def envelope(error: PronkError) -> ErrorEnvelope:
+    param = error.param[:LONGEST_PARAM] if error.param else error.param
+    return ErrorEnvelope(ErrorBody(error.message, error.type, param, error.code))
+
+
+def error_response(error: PronkError, headers: Mapping[str, str] | None = None) -> Response:
+    """The envelope with its status and the headers that belong to it."""
+    extra = dict(headers or {})
+    if error.retry_after is not None:
+        extra["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, AuthenticationFailed):
+        extra["WWW-Authenticate"] = "Bearer"
+    body = msgspec.json.encode(envelope(error))
+    return Response(body, error.status, extra, media_type="application/json")
+
+
+def internal_error() -> PronkError:
+    return PronkError("The server failed on this request; the failure was logged.")
+
+
+async def handle_pronk_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, PronkError)
+    return error_response(error)
+
+
+async def handle_http_exception(_: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    return error_response(_translate(error), error.headers)
+
+
+def _translate(error: HTTPException) -> PronkError:
+    match error.status_code:
+        case 404:
+            return NotFound("There is nothing at this address.")
+        case 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            return MethodNotAllowed(f"This method is not allowed here; allowed: {allowed}")
+        case 413:
+            return RequestTooLarge("The request body is too large.")
+        case status if status < 500:
+            refused = InvalidRequest("The request could not be read.")
+            refused.status = status
+            return refused
+    return internal_error()
+
+
+def invalid(error: ValidationError, body: Any) -> InvalidRequest:
+    """The deepest of pydantic's complaints: in a union the others speak of types not meant."""
+    problems = error.errors(include_url=False, include_input=False)
+    paths = [_address(problem["loc"], body) for problem in problems]
+    deepest = max(range(len(problems)), key=lambda i: (len(paths[i]), -i))
+    path = path_text(paths[deepest])
+    message = problems[deepest]["msg"]
+    if problems[deepest]["type"] == "missing":
+        message = "is required"
+    return InvalidRequest(f"{path}: {message}" if path else message, param=path or None)
+
+
+def _address(location: tuple[int | str, ...], body: Any) -> list[int | str]:
+    """``location`` without pydantic's names of union members: only what leads into ``body``."""
+    path: list[int | str] = []
+    for position, step in enumerate(location):
+        child = _child(body, step)
+        is_missing_field = isinstance(body, dict) and position == len(location) - 1
+        if child is not MISSING or (is_missing_field and step != "[key]"):
+            path.append(step)
+            body = child
+    return path
+
+
+def _child(body: Any, step: int | str) -> Any:
+    if isinstance(body, dict):
+        return body.get(step, MISSING)
+    if isinstance(body, list) and isinstance(step, int) and step < len(body):
+        return body[step]
+    return MISSING
+
+
+def path_text(path: list[int | str]) -> str:
+    """``["messages", 0, "role"]`` as ``messages[0].role``."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text

@@ -1,0 +1,55 @@
+"""One HTTP exchange, from first byte to last: what the middlewares and routes share of it."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Literal
+
+from starlette.types import Scope
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+KEY = "pronk.exchange"  # in the ASGI scope
+
+Outcome = Literal["finished", "failed", "cancelled", "rejected"]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """``outcome`` is set by what ends a generation early; the status decides otherwise."""
+
+    request_id: str
+    arrival: float = field(default_factory=time.monotonic)
+    key_id: str = ""  # which API key called, never the key itself
+    is_generation: bool = False  # counted in received = finished + failed + cancelled + rejected
+    outcome: Outcome | None = None
+    status: int | None = None
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.arrival
+
+    def settle(self) -> Outcome:
+        """How it ended, for the books: exactly one of the four."""
+        if self.outcome is not None:
+            return self.outcome
+        if self.status is None:
+            return "failed"
+        if self.status < 400:
+            return "finished"
+        return "rejected" if self.status < 500 or self.status == 503 else "failed"
+
+
+def request_id(scope: Scope) -> str:
+    """The client's ``X-Request-Id`` if it is a plain one, else a new one."""
+    values = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    text = values[0].decode("latin-1") if len(values) == 1 else ""
+    return text if REQUEST_ID.fullmatch(text) else f"req-{uuid.uuid4().hex}"
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    found = scope.get(KEY)
+    assert isinstance(found, Exchange), "the edge middleware runs before every route"
+    return found

@@ -1,0 +1,86 @@
+"""Is it alive, is it ready, what is it: read by balancers, kubelets and dashboards."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from msgspec import Struct
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import __version__
+from service.api.server import Server, server_of
+from service.registry import ServedModel
+
+router = APIRouter()
+RETRY_AFTER = {"Retry-After": "1"}
+
+
+class Readiness(Struct):
+    """``stage``: starting, loading, warming_up, ready, restarting, stalled, draining, failed."""
+
+    status: str  # ready, or not_ready
+    stage: str
+    progress: float  # 0..1 of the loading
+    reason: str
+
+
+def readiness(server: Server) -> Readiness:
+    """Of the least ready model; draining goes before all."""
+    if server.is_draining:
+        return Readiness("not_ready", "draining", 1.0, "the server is shutting down")
+    for model in server.models.models:
+        if not model.is_ready:
+            return _unready(model)
+    return Readiness("ready", "ready", 1.0, "")
+
+
+def _unready(model: ServedModel) -> Readiness:
+    state = model.engines[0].state
+    stage = "loading" if state.stage == "ready" else state.stage  # its tokenizer is still missing
+    return Readiness("not_ready", stage, state.progress, state.reason)
+
+
+@router.get("/livez")
+async def livez() -> Response:
+    """200 as long as this process answers at all."""
+    return _json(200, {"status": "alive"})
+
+
+@router.get("/readyz")
+@router.get("/health")
+async def readyz(request: Request) -> Response:
+    """200 when every model can answer, else 503 with the stage, its progress and the reason."""
+    found = readiness(server_of(request))
+    return _json(200 if found.status == "ready" else 503, found)
+
+
+@router.get("/v2/health/live")
+async def live() -> Response:
+    """Open inference protocol."""
+    return _json(200, {"live": True})
+
+
+@router.get("/v2/health/ready")
+async def ready(request: Request) -> Response:
+    """Open inference protocol."""
+    is_ready = readiness(server_of(request)).status == "ready"
+    return _json(200 if is_ready else 503, {"ready": is_ready})
+
+
+@router.get("/version")
+async def version() -> Response:
+    return _json(200, {"version": __version__})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    body = server_of(request).metrics.text()
+    return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _json(status: int, values: object) -> Response:
+    headers = {"Cache-Control": "no-store", **(RETRY_AFTER if status == 503 else {})}
+    return Response(msgspec.json.encode(values), status, headers, media_type="application/json")

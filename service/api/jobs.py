@@ -1,0 +1,111 @@
+"""The part of a request that completions and chat treat alike: from checked fields to a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.api.exchange import Exchange
+from service.api.generation import Job, Prompt, TextOptions
+from service.api.ignored import ignored_headers, refuse_unsupported
+from service.api.sampling import Sampling, check_limits
+from service.api.schemas.sampling import SamplingFields
+from service.api.server import Server
+from service.api.stream import AnswerResponse, Shape, StreamUsage
+from service.registry import Engine, ServedModel
+
+
+def check(fields: SamplingFields, server: Server) -> tuple[ServedModel, Engine, dict[str, str]]:
+    """What can be refused without a tokenizer, cheapest first; the headers go with any answer."""
+    refuse_unsupported(fields)
+    model = server.models.get(fields.model)
+    headers = ignored_headers(fields, server.settings.strict_params)
+    check_limits(fields, server.settings)
+    return model, model.pick(), headers
+
+
+def make_sampling(
+    fields: SamplingFields,
+    server: Server,
+    model: ServedModel,
+    *,
+    logprobs: int | None,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    prompt_param: str,
+) -> Sampling:
+    return Sampling(
+        fields,
+        model,
+        logprobs=logprobs,
+        max_tokens=max_tokens,
+        default_max_tokens=default_max_tokens,
+        prompt_param=prompt_param,
+        seeds=server.seeds,
+    )
+
+
+def truncation(fields: SamplingFields, sampling: Sampling) -> int | None:
+    """How many prompt tokens are kept; None is all."""
+    length = fields.truncate_prompt_tokens
+    return sampling.most_prompt_tokens() if length == -1 else length
+
+
+def make_job(
+    fields: SamplingFields,
+    server: Server,
+    exchange: Exchange,
+    model: ServedModel,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    echo_logprobs: int | None = None,
+) -> Job:
+    """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs."""
+    wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
+    skip_special = fields.skip_special_tokens is not False
+    return Job(
+        model=model,
+        engine=engine,
+        prompts=list(prompts),
+        text=TextOptions(
+            stop=fields.stop or (),
+            include_stop=bool(fields.include_stop_str_in_output),
+            skip_special_tokens=skip_special,
+            spaces_between_special_tokens=fields.spaces_between_special_tokens is not False,
+            echo_logprobs=echo_logprobs is not None,
+        ),
+        namespace=server.namespace(exchange.key_id, fields.cache_salt),
+        account=exchange.key_id,
+        priority=fields.priority or 0,
+        deadline=_seconds(fields.deadline_ms),
+        max_queue=_seconds(fields.max_queue_ms),
+        prompt_logprobs=max(wanted, default=None),
+        request_id=exchange.request_id,
+        arrival=exchange.arrival,
+    )
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def respond(
+    fields: SamplingFields,
+    server: Server,
+    exchange: Exchange,
+    job: Job,
+    shape: Shape,
+    headers: dict[str, str],
+) -> AnswerResponse:
+    options = fields.stream_options
+    include_usage = bool(options and options.include_usage)
+    always = bool(options and options.continuous_usage_stats) and include_usage
+    return AnswerResponse(
+        job,
+        shape,
+        metrics=server.metrics,
+        exchange=exchange,
+        stream=StreamUsage(include_usage, always) if fields.stream else None,
+        ping_interval=server.settings.ping_interval,
+        headers=headers,
+    )

@@ -1,0 +1,167 @@
+"""Pure ASGI middlewares: the edge (request id, books, last resort), the keys, the body's bounds.
+
+They look at ``scope["path"]`` and never at a URL rebuilt from the Host header, and decide before
+a byte of the body is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import RequestTimeout, error_response, internal_error
+from service.api.exchange import KEY, Exchange, request_id
+from service.errors import AuthenticationFailed, RequestTooLarge
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
+BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+
+
+class Edge:
+    """Outermost: names the exchange, counts it, and turns what nobody caught into a 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = scope[KEY] = Exchange(request_id(scope))
+
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, stamped)
+        except ClientDisconnect:
+            exchange.outcome = "cancelled"  # it hung up while it sent its body
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id)
+            if exchange.status is not None:
+                exchange.outcome = "failed"
+                raise
+            await error_response(internal_error())(scope, receive, stamped)
+        finally:
+            self.metrics.close_exchange(exchange, scope["method"], _handler(scope))
+
+
+def _handler(scope: Scope) -> str:
+    """The route's template: bounded, whatever paths strangers try."""
+    return getattr(scope.get("route"), "path", None) or "unmatched"
+
+
+class Authentication:
+    """Deny by default: a key for every path but the public ones.
+
+    Keys are compared as SHA-256 digests, all of them, in constant time.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], public: frozenset[str]) -> None:
+        self.app = app
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or not self.digests or route_path(scope) in self.public:
+            await self.app(scope, receive, send)
+            return
+        key_id = self.identify(Headers(scope=scope).getlist("authorization"))
+        if key_id is not None and scope["type"] == "http":
+            scope[KEY].key_id = key_id
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await error_response(_unauthenticated())(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+
+    def identify(self, authorization: list[str]) -> str | None:
+        """The caller's key id, or None for a missing, doubled or wrong key."""
+        if len(authorization) != 1:
+            return None
+        scheme, _, key = authorization[0].partition(" ")
+        offered = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for digest in self.digests:
+            if hmac.compare_digest(digest, offered):
+                found = digest.hex()[:16]
+        return found if scheme.lower() == "bearer" else None
+
+
+def _unauthenticated() -> AuthenticationFailed:
+    return AuthenticationFailed(
+        "This server needs an API key: send it as 'Authorization: Bearer <key>'."
+    )
+
+
+def route_path(scope: Scope) -> str:
+    """The path the router will match: without the root path a proxy strips."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
+class BodyBounds:
+    """Refuses a body that is too large, while it streams in, and a client that never sends it.
+
+    Starlette has a limiter of its own, but it answers in plain text, and in place of a 401.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
+            await self.app(scope, receive, send)
+            return
+        size = 0
+        complete = False
+
+        async def bounded() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            if _stated_length(scope) > self.max_bytes:
+                raise self._too_large()
+            try:
+                async with asyncio.timeout(self.timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"No part of the body came for {self.timeout:g} seconds."
+                ) from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > self.max_bytes:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, bounded, send)
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(
+            f"The body is larger than this server takes: {self.max_bytes} bytes."
+        )
+
+
+def _stated_length(scope: Scope) -> int:
+    text = Headers(scope=scope).get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

@@ -1,0 +1,88 @@
+"""The OpenAPI page. Routes read bodies themselves, so they say here what they take and give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import __version__
+from service.api.errors import ErrorEnvelope
+from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
+from service.api.schemas.completions import Completion, CompletionRequest
+from service.api.schemas.models import ModelCard, ModelList
+from service.api.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+
+COMPONENT = "#/components/schemas/{}"
+REQUESTS: list[type[BaseModel]] = [
+    CompletionRequest,
+    ChatRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+]
+ANSWERS = [
+    Completion,
+    ChatCompletion,
+    ChatChunk,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Detokenized,
+    ErrorEnvelope,
+]
+ERRORS = {
+    400: "A field is wrong, out of bounds or not supported yet",
+    401: "No API key, or a wrong one",
+    404: "No such model",
+    408: "The body took too long",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    429: "The queue is full; see Retry-After",
+    500: "The engine failed on this request",
+    503: "Loading, draining or restarting; see Retry-After",
+}
+
+
+def _json(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": COMPONENT.format(schema)}}}
+
+
+def documented(
+    request: type[BaseModel] | None, answer: type[msgspec.Struct], *, streams: bool = False
+) -> dict[str, Any]:
+    """Arguments of a route: its body, its answer, and every error in the one envelope."""
+    content = _json(answer.__name__)
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 404, 503)}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The answer", "content": content}
+    }
+    for status, description in statuses.items():
+        responses[status] = {"description": description, "content": _json("ErrorEnvelope")}
+    extra: dict[str, Any] = {}
+    if request is not None:
+        extra["requestBody"] = {"required": True, "content": _json(request.__name__)}
+    return {"responses": responses, "openapi_extra": extra, "response_model": None}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The whole page, with the schemas of requests (pydantic) and answers (msgspec)."""
+    page = get_openapi(
+        title="pronk",
+        version=__version__,
+        description="Llama-family models over HTTP, OpenAI-compatible.",
+        routes=app.routes,
+    )
+    _, requests = models_json_schema(
+        [(model, "validation") for model in REQUESTS], ref_template=COMPONENT.format("{model}")
+    )
+    _, answers = msgspec.json.schema_components(ANSWERS, ref_template=COMPONENT.format("{name}"))
+    schemas = page.setdefault("components", {}).setdefault("schemas", {})
+    schemas.update(requests["$defs"])
+    schemas.update(answers)
+    return page

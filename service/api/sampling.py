@@ -1,0 +1,190 @@
+"""From a request's fields to what the engine needs, with the server's and the model's bounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from service.api.schemas.sampling import SamplingFields
+from service.engine.messages import SamplingSettings
+from service.errors import ContextLengthExceeded, InvalidRequest, NotSupportedYet
+
+if TYPE_CHECKING:
+    from model.tokenizer import Tokenizer
+    from service.registry import ServedModel
+    from service.settings import Settings
+
+DEFAULTS = {  # where neither the request nor the checkpoint's generation_config says otherwise
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+SEED_BITS = 63
+
+
+def check_limits(fields: SamplingFields, settings: Settings) -> None:
+    """The bounds an operator can move, and fields that make sense only together."""
+    n = fields.n or 1
+    if n > settings.max_n:
+        raise _bound("n", f"must be at most {settings.max_n} on this server")
+    if fields.stop and len(fields.stop) > settings.max_stop:
+        raise _bound("stop", f"takes at most {settings.max_stop} strings on this server")
+    if fields.best_of is not None and fields.best_of != n:
+        _check_best_of(fields.best_of, n)
+    if fields.stream_options is not None and not fields.stream:
+        raise _bound("stream_options", "needs stream: true")
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise _bound("prompt_logprobs", "cannot be streamed; leave out stream")
+    if fields.truncate_prompt_tokens == 0:
+        raise _bound("truncate_prompt_tokens", "must be at least 1, or -1 for what fits")
+
+
+def _check_best_of(best_of: int, n: int) -> None:
+    if best_of < n:
+        raise _bound("best_of", f"must be at least n ({n})")
+    raise NotSupportedYet(
+        "best_of: this version of pronk does not support best_of larger than n yet.",
+        param="best_of",
+    )
+
+
+def _bound(param: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {message}", param=param)
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
+    """Raises ``InvalidRequest`` for the first id outside ``0 .. vocabulary - 1``."""
+    if ids and (min(ids) < 0 or max(ids) >= vocabulary):
+        wrong = next(index for index, token in enumerate(ids) if not 0 <= token < vocabulary)
+        raise _bound(f"{param}[{wrong}]", f"is no token id: the vocabulary has {vocabulary}")
+
+
+class Sampling:
+    """One request's settings, read once; ``for_prompt`` makes them the engine's."""
+
+    def __init__(
+        self,
+        fields: SamplingFields,
+        model: ServedModel,
+        *,
+        logprobs: int | None,
+        max_tokens: int | None,
+        default_max_tokens: int | None,
+        prompt_param: str,
+        seeds: random.Random,
+    ) -> None:
+        self.n = fields.n or 1
+        self.context = model.context
+        self._max_tokens = max_tokens
+        self._default = default_max_tokens
+        self._min_tokens = fields.min_tokens or 0
+        self._seed = fields.seed
+        self._seeds = seeds
+        self._prompt_param = prompt_param
+        self._model = model
+        self._base = self._read(fields, logprobs)
+
+    def _read(self, fields: SamplingFields, logprobs: int | None) -> SamplingSettings:
+        numbers = {name: _number(fields, self._model, name) for name in DEFAULTS}
+        vocabulary = self._model.vocabulary
+        check_ids(fields.stop_token_ids or (), vocabulary, "stop_token_ids")
+        check_ids(fields.allowed_token_ids or (), vocabulary, "allowed_token_ids")
+        tokenizer = self._model.tokenizer
+        assert tokenizer is not None
+        return SamplingSettings(
+            temperature=numbers["temperature"],
+            top_p=numbers["top_p"],
+            top_k=max(0, int(numbers["top_k"])),
+            min_p=numbers["min_p"],
+            presence_penalty=numbers["presence_penalty"],
+            frequency_penalty=numbers["frequency_penalty"],
+            repetition_penalty=numbers["repetition_penalty"],
+            min_tokens=self._min_tokens,
+            stop_token_ids=tuple(fields.stop_token_ids or ()),
+            eos_token_ids=() if fields.ignore_eos else self._model.eos_token_ids,
+            logit_bias=read_bias(fields.logit_bias or {}, vocabulary),
+            allowed_token_ids=tuple(fields.allowed_token_ids) if fields.allowed_token_ids else None,
+            bad_words=bad_word_ids(fields.bad_words or (), tokenizer),
+            logprobs=logprobs,
+        )
+
+    def for_prompt(self, num_prompt: int) -> list[SamplingSettings]:
+        """The n choices of a prompt of so many tokens. Raises ``ContextLengthExceeded``."""
+        budget = self.budget(num_prompt)
+        seed = self._seeds.getrandbits(SEED_BITS) if self._seed is None else self._seed
+        return [
+            replace(self._base, max_tokens=budget, seed=seed, choice=choice)
+            for choice in range(self.n)
+        ]
+
+    def most_prompt_tokens(self) -> int:
+        """What ``truncate_prompt_tokens: -1`` keeps: all that leaves room for the answer."""
+        answer = self._default if self._max_tokens is None else self._max_tokens
+        return max(1, self.context - max(1, answer or 1))
+
+    def budget(self, num_prompt: int) -> int:
+        """How many tokens may be generated: what was asked for, or as much of a default as fits."""
+        room = self.context - num_prompt
+        stated = self._max_tokens
+        if (stated is not None and stated > room) or (room < 1 and stated != 0):
+            raise self._too_long(num_prompt)
+        budget = min(room, self._default or room) if stated is None else stated
+        if self._min_tokens > budget:
+            raise _bound("min_tokens", f"must be at most max_tokens ({budget})")
+        return budget
+
+    def _too_long(self, num_prompt: int) -> ContextLengthExceeded:
+        room = self.context - num_prompt
+        if room < 1:
+            return ContextLengthExceeded(
+                f"The model's context is {self.context} tokens and the prompt has {num_prompt}; "
+                f"send a prompt of at most {self.context - 1} tokens, or truncate_prompt_tokens.",
+                param=self._prompt_param,
+            )
+        stated = self._max_tokens or 0
+        return ContextLengthExceeded(
+            f"The model's context is {self.context} tokens, but the prompt has {num_prompt} and "
+            f"max_tokens asks for {stated}: {num_prompt + stated} in all. With this prompt "
+            f"max_tokens may be at most {room}.",
+            param="max_tokens",
+        )
+
+
+def _number(fields: SamplingFields, model: ServedModel, name: str) -> float:
+    value: float | None = getattr(fields, name)
+    return float(model.generation_defaults.get(name, DEFAULTS[name]) if value is None else value)
+
+
+def read_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:
+    """JSON keys are strings; they must spell ids of the vocabulary."""
+    read = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
+            raise _bound(f"logit_bias.{key}", f"is no token id: the vocabulary has {vocabulary}")
+        read[int(key)] = float(value)
+    return read
+
+
+def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as the tokens that spell it, as a text begins with it and after a space."""
+    spelled: list[tuple[int, ...]] = []
+    for index, word in enumerate(words):
+        bare = _spell(word.lstrip(), tokenizer)
+        if not bare:
+            raise _bound(f"bad_words[{index}]", "spells no token")
+        spelled.append(bare)
+        spaced = _spell(" " + word.lstrip(), tokenizer)
+        if spaced and spaced != bare and spaced[0] != bare[0]:
+            spelled.append(spaced)
+    return tuple(dict.fromkeys(spelled))
+
+
+def _spell(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(word, add_special_tokens=False, parse_special=False))

@@ -1,0 +1,1 @@
+"""What clients send (pydantic, validated) and what they get (msgspec, encoded)."""

@@ -1,0 +1,66 @@
+"""What every route needs of the server around it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import random
+import secrets
+from dataclasses import dataclass, field
+
+from starlette.datastructures import State as AppState
+from starlette.requests import Request
+
+from service.api.exchange import Exchange, exchange_of
+from service.metrics import Metrics
+from service.registry import ModelRegistry, draining
+from service.settings import Settings
+
+
+@dataclass
+class Server:
+    """One for each app. ``flags`` is the app's state: whoever runs the server sets ``draining``.
+
+    /readyz is then 503 at once. New work is refused at once too, or, where a balancer is given
+    ``drain_delay`` seconds to notice, when the engine is told to drain.
+    """
+
+    settings: Settings
+    models: ModelRegistry
+    metrics: Metrics
+    flags: AppState
+    seeds: random.Random = field(default_factory=random.SystemRandom)
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    def __post_init__(self) -> None:
+        self.flags.draining = False
+        self.flags.server = self
+        if self.settings.seed is not None:
+            self.seeds = random.Random(self.settings.seed)
+
+    @property
+    def is_draining(self) -> bool:
+        return bool(self.flags.draining)
+
+    @property
+    def is_refusing(self) -> bool:
+        return self.is_draining and self.settings.drain_delay == 0
+
+    def receive(self, request: Request) -> Exchange:
+        """Open the books on a request for tokens. Raises ``Unavailable`` where none is taken."""
+        exchange = exchange_of(request.scope)
+        self.metrics.receive(exchange)
+        if self.is_refusing:
+            raise draining()
+        return exchange
+
+    def namespace(self, key_id: str, salt: str | None) -> bytes:
+        """Who may share cached prefixes: the caller's key, narrowed by the request's salt."""
+        text = f"{key_id}\0{salt or ''}".encode()
+        return hmac.new(self.secret, text, hashlib.sha256).digest()
+
+
+def server_of(request: Request) -> Server:
+    server = request.app.state.server
+    assert isinstance(server, Server)
+    return server

@@ -1,0 +1,173 @@
+"""The models this server serves: each name maps to a list of engines, from the first day one long.
+
+A served model exists before it is loaded (no tokenizer, engines starting): requests for it are then
+refused with 503 and the reason, never with 404.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from service import __version__
+from service.engine.messages import Output, Outputs, SamplingSettings, State
+from service.errors import ModelNotFound, Unavailable
+
+if TYPE_CHECKING:
+    from model.chat_template import ChatTemplate
+    from model.tokenizer import Tokenizer
+
+DRAIN_RETRY = 5.0  # seconds: another replica should answer; this one will be gone
+LOADING = ("loading", "The model is still loading; try again shortly.")
+RESTARTING = ("engine_restarting", "The engine is being restarted; try again shortly.")
+REFUSALS = {
+    "starting": LOADING,
+    "loading": LOADING,
+    "warming_up": LOADING,
+    "restarting": RESTARTING,
+    "stalled": RESTARTING,
+    "draining": ("draining", "This server is shutting down; try another replica."),
+    "failed": ("engine_failed", "The engine could not be started."),
+    "stopped": ("engine_failed", "The engine is stopped."),
+}
+
+
+class Generation(Protocol):
+    """The outputs of one prompt's choices, as they come."""
+
+    def __aiter__(self) -> AsyncIterator[Output]: ...
+    def stop(self, choice: int) -> None:
+        """Drop one choice: a stop string was found in its text."""
+
+
+class Engine(Protocol):
+    """What the API needs of an engine; ``service.engine.client.EngineClient`` is the real one."""
+
+    observers: list[Callable[[Outputs | State], None]]
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def is_ready(self) -> bool: ...
+    def retry_after(self) -> float:
+        """Seconds after which a refused client may find the engine ready."""
+
+    def submit(
+        self,
+        prompt: list[int],
+        settings: list[SamplingSettings],
+        *,
+        namespace: bytes = b"",
+        account: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+        deadline: float | None = None,
+        max_queue: float | None = None,
+        prompt_logprobs: int | None = None,
+        request_id: str = "",
+    ) -> AbstractAsyncContextManager[Generation]:
+        """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
+
+
+@dataclass
+class ServedModel:
+    """One model under its names. What loading finds out is filled in when it is known."""
+
+    names: list[str]
+    engines: Sequence[Engine]
+    max_model_len: int  # tokens of prompt and answer; an engine with less memory may say less
+    tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
+    vocab_size: int | None = None  # rows of the logits; None: the tokenizer's
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.tokenizer is not None and any(engine.is_ready for engine in self.engines)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        told = [engine.state.max_model_len for engine in self.engines]
+        return min([self.max_model_len, *(length for length in told if length > 0)])
+
+    @property
+    def vocabulary(self) -> int:
+        assert self.tokenizer is not None
+        return self.vocab_size or self.tokenizer.vocab_size
+
+    def pick(self) -> Engine:
+        """The ready engine with the least to do. Raises ``Unavailable`` when there is none."""
+        ready = [engine for engine in self.engines if engine.is_ready]
+        if self.tokenizer is None or not ready:
+            raise self.unavailable()
+        return min(ready, key=lambda engine: engine.state.running + engine.state.waiting)
+
+    def unavailable(self) -> Unavailable:
+        """Why no engine can take work now, as clients are told."""
+        stage = self.engines[0].state.stage
+        if self.tokenizer is None and stage not in REFUSALS:
+            stage = "loading"
+        code, message = REFUSALS.get(stage, REFUSALS["loading"])
+        return Unavailable(message, code=code, retry_after=self.engines[0].retry_after())
+
+
+def draining() -> Unavailable:
+    return Unavailable(
+        "This server is shutting down and takes no new work; try another replica.",
+        code="draining",
+        retry_after=DRAIN_RETRY,
+    )
+
+
+class ModelRegistry:
+    """Names to models. The first model answers requests that name none."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        assert models, "a server without a model serves nothing"
+        self.models = list(models)
+        self._by_name = {name: model for model in self.models for name in model.names}
+
+    @property
+    def is_ready(self) -> bool:
+        return all(model.is_ready for model in self.models)
+
+    def get(self, name: str | None) -> ServedModel:
+        """Raises ``ModelNotFound``; ``None`` is the first model."""
+        if name is None:
+            return self.models[0]
+        if (model := self._by_name.get(name)) is None:
+            known = ", ".join(sorted(self._by_name))
+            raise ModelNotFound(f"The model {name[:200]!r} does not exist here; served: {known}")
+        return model
+
+    def names(self) -> list[tuple[str, ServedModel]]:
+        return [(name, model) for model in self.models for name in model.names]
+
+
+def fingerprint(path: Path, config: bytes = b"") -> str:
+    """What ``system_fingerprint`` says: weights' identity, configuration and pronk's version.
+
+    Weights are known by name, size and their first 64 KiB (a safetensors or GGUF header names every
+    tensor), so that replicas agree and a start need not read gigabytes.
+    """
+    digest = hashlib.sha256(__version__.encode() + b"\0" + config)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix in {".safetensors", ".gguf", ".pth", ".bin", ".json"} and file.is_file():
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(1 << 16))
+    return "fp_" + digest.hexdigest()[:16]
