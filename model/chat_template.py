@@ -1,14 +1,15 @@
 """A checkpoint's chat template: a conversation to token ids, what was said kept apart from markup.
 
-A special token's spelling inside a message must stay text. So before rendering a mark, one character
-nobody can foresee, is put behind the first character of every such spelling in what the client sent;
-after rendering only unmarked spellings, those the template wrote, become tokens, and the marks go.
+A special token's spelling inside a message must stay text. So before rendering a mark, one
+character nobody can foresee, is put behind the first character of every such spelling in what the
+client sent; after rendering only unmarked spellings, those the template wrote, become tokens, and
+the marks go.
 
-Templates look into contents, too (``'</think>' in content``). Two renders guard against both dangers:
-the careful one marks every character that could begin a special token, so that nothing a template
-does to contents can put a spelling together; the plain one marks whole spellings only and leaves an
-assistant's unspecial markup (``<think>``) readable. Where both write the same text the careful one
-counts, else the template has looked, and the plain one counts.
+Templates look into contents, too (``'</think>' in content``). Two renders guard against both
+dangers: the careful one marks every character that could begin a special token, so that nothing a
+template does to contents can put a spelling together; the plain one marks whole spellings only and
+leaves an assistant's unspecial markup (``<think>``) readable. Where both write the same text the
+careful one counts, else the template has looked, and the plain one counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatTemplateError(ValueError):
-    """The template cannot be compiled, refuses the conversation, or wants too much time or memory."""
+    """The template cannot be compiled, refuses the conversation, or wants too much."""
 
 
 class ChatTemplate:
@@ -57,7 +58,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The conversation's token ids. The template writes BOS itself where the model wants one."""
+        """The conversation's token ids. The template writes BOS itself where it is wanted."""
         segments = self.render(
             messages,
             tools=tools,
@@ -78,12 +79,13 @@ class ChatTemplate:
     ) -> list[Segment]:
         """The conversation as the template writes it, cut into text and special tokens.
 
-        ``continue_final_message`` leaves the last message open at its end. Raises ChatTemplateError.
+        ``continue_final_message`` leaves the last message open at its end. Raises
+        ChatTemplateError.
         """
         if continue_final_message and add_generation_prompt:
             raise ChatTemplateError(
-                "continue_final_message and add_generation_prompt exclude each other: a message that "
-                "goes on needs no new turn"
+                "continue_final_message and add_generation_prompt exclude each other: a message "
+                "that goes on needs no new turn"
             )
         variables = {
             **self._tokenizer.named_tokens,
@@ -115,7 +117,7 @@ class ChatTemplate:
         return {**message, "content": "\n".join(texts)}
 
     def _rendered(self, template: jinja2.Template, conversation: _Conversation) -> _Marked:
-        mark, end = private_characters(2, self._avoid + conversation.all_text())
+        mark, end = list(private_characters(2, self._avoid + conversation.all_text()))
         budget = Budget(conversation.num_characters)
         plain = conversation.render(template, self._plain, mark, end, budget)
         if not conversation.would_mark(self._careful):
@@ -324,7 +326,7 @@ def _names_content(node: nodes.Node) -> bool:
 
 
 def load_chat_template(tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate | None:
-    """The checkpoint's template, or the one given by path or as text; None when there is neither."""
+    """The checkpoint's template, or the one given by path or as text; None without either."""
     if override is not None:
         return ChatTemplate(_source(override), tokenizer)
     return ChatTemplate(tokenizer.chat_templates, tokenizer) if tokenizer.chat_templates else None

@@ -12,8 +12,8 @@ class Detokenizer:
     """Pushed token by token it gives the text of the whole: the tokens' bytes joined and decoded as
     UTF-8 with replacement, in constant time a token however long the text grows.
 
-    A continuation keeps the space it begins with. Only where nothing but special tokens comes before
-    it does its first token begin a text, and lose the space that encoding puts there.
+    A continuation keeps the space it begins with. Only where nothing but special tokens comes
+    before it does its first token begin a text, and lose the space that encoding puts there.
     """
 
     def __init__(
@@ -25,7 +25,8 @@ class Detokenizer:
         spaces_between_special_tokens: bool = True,
     ) -> None:
         """``spaces_between_special_tokens`` asks for what vLLM gives with fast tokenizers, where it
-        changes nothing: a byte-true decoder puts no spaces anywhere, so there are none to take out."""
+        changes nothing: a byte-true decoder puts no spaces anywhere, so there are none to take out.
+        """
         self._tokenizer = tokenizer
         self._skips_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

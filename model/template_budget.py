@@ -14,7 +14,7 @@ BUDGET = "\0budget"  # the context's name for it: no identifier a template could
 _BASE_UNITS, _UNITS_PER_CHARACTER = 4_000_000, 32
 _BASE_SECONDS, _SECONDS_PER_CHARACTER = 0.3, 1e-6
 _CHECK_EVERY = 64  # charges between two looks at the clock
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateLimit(SecurityError):

@@ -1,7 +1,7 @@
 """jinja's filters and tests as chat templates need them, each charged to the render's budget.
 
-A list of those allowed, not of those forbidden: the ones left out (urlize, pprint, xmlattr ...) make
-HTML or inspect objects, and no chat template uses them.
+A list of those allowed, not of those forbidden: the ones left out (urlize, pprint, xmlattr ...)
+make HTML or inspect objects, and no chat template uses them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ CHARGE, CONCAT, COUNT, SLICE = "\0charge", "\0concat", "\0count", "\0slice"
 MARK = "\0mark"  # the context's name for the character that breaks special spellings in contents
 
 # Filters that look at their input's items only, and so need no count of what is nested inside.
-_SHALLOW = (
-    "abs attr count d default first float int items last length list map reject rejectattr reverse"
-    " round safe select selectattr"
-).split()
-_DEEP = (
-    "capitalize dictsort e escape forceescape groupby lower max min sort string title trim truncate"
-    " unique upper wordcount"
-).split()
+_SHALLOW = """
+abs attr count d default first float int items last length list map reject rejectattr reverse
+round safe select selectattr
+""".split()  # noqa: SIM905
+_DEEP = """
+capitalize dictsort e escape forceescape groupby lower max min sort string title trim truncate
+unique upper wordcount
+""".split()  # noqa: SIM905
+_COMPARING = frozenset(
+    ["==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge"]
+    + ["<", "lt", "lessthan", "<=", "le", "in"]
+)
 _MAX_WIDTH, _MAX_INDENT, _MAX_DIGITS = 100_000, 64, 100
 _PERCENT_WIDTH = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*(?:\*|\d{4,})")
 _BRACE_WIDTH = re.compile(r"\d{4,}|[{}]")
@@ -42,15 +46,17 @@ Filter = Callable[..., Any]
 
 
 def metered_filters() -> dict[str, Filter]:
-    known = {name: _metered(jinja_filters.FILTERS[name], deep=False) for name in _SHALLOW}
-    known |= {name: _metered(jinja_filters.FILTERS[name], deep=True) for name in _DEEP}
-    own = (batch, center, format, indent, join, replace, round, slice, sum, tojson)
-    known |= {function.__name__: _metered(function, deep=False) for function in own}
+    library = jinja_filters.FILTERS
+    known: dict[str, Filter] = {name: _metered(library[name], deep=False) for name in _SHALLOW}
+    known |= {name: _metered(library[name], deep=True) for name in _DEEP}
+    own: list[Filter] = [batch, center, format, indent, join, replace, round, slice, sum, tojson]
+    for function in own:
+        known[function.__name__] = _metered(function, deep=False)
     return known | {CHARGE: _charge, CONCAT: _concat, COUNT: _count, SLICE: _slice_of}
 
 
 def metered_tests() -> dict[str, Filter]:
-    return {name: _metered(function, deep=True) for name, function in TESTS.items()}
+    return {name: _metered(function, deep=name in _COMPARING) for name, function in TESTS.items()}
 
 
 def _metered(function: Filter, *, deep: bool) -> Filter:
@@ -177,7 +183,7 @@ def format(context: Context, value: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def batch(value: Iterable[Any], linecount: int, fill_with: Any = None) -> Any:
-    return jinja_filters.do_batch(value, _bounded(linecount), fill_with)  # type: ignore[arg-type]
+    return jinja_filters.do_batch(value, _bounded(linecount), fill_with)
 
 
 def slice(value: Any, slices: int, fill_with: Any = None) -> Any:

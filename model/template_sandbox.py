@@ -1,24 +1,25 @@
 """The jinja environment that runs checkpoints' chat templates as what they are: untrusted programs.
 
-jinja's sandbox keeps a template from reaching Python's internals; nothing in jinja bounds its time and
-memory. Here every loop step, call, filter, concatenation and printed character is charged to a budget
-that each render carries in its context, operations whose result could be huge are charged before they
-run, and what walks nested values (printing, comparing, hashing) counts their nodes first.
+jinja's sandbox keeps a template from reaching Python's internals; nothing in jinja bounds its time
+and memory. Here every loop step, call, filter, concatenation and printed character is charged to a
+budget that each render carries in its context, operations whose result could be huge are charged
+before they run, and what walks nested values (printing, comparing, hashing) counts their nodes
+first.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -48,7 +49,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
             optimized=False,  # folding constants would run filters outside any budget
         )
-        self.filters = filters.metered_filters()
+        self.filters = filters.metered_filters()  # type: ignore[assignment]
         self.tests = filters.metered_tests()
         del self.globals["lipsum"]
         self.globals.update(dict=_make_dict, namespace=Namespace, raise_exception=_raise_exception)
@@ -72,7 +73,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         _charge_binop(budget, operator, left, right)
         return budget.charged(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = budget_of(__context)
         budget.spend(1)
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped by the sandbox

@@ -1,4 +1,5 @@
-"""Text to token ids and back: sentencepiece, tiktoken, tokenizers and GGUF vocabularies, one interface.
+"""Text to token ids and back: sentencepiece, tiktoken, tokenizers and GGUF vocabularies, one
+interface.
 
 ``load_tokenizer(path)`` reads a checkpoint folder, a tokenizer file or a .gguf. No torch in here.
 """

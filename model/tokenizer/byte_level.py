@@ -1,4 +1,4 @@
-"""Byte-level BPE built from parts, with the ways to split a text into words that Llama's kin use."""
+"""Byte-level BPE built from parts, with the ways Llama's kin split a text into words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _TEKKEN_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# GGUF's tokenizer.ggml.pre to the patterns that cut a text, one after the other (llama.cpp's names).
+# GGUF's tokenizer.ggml.pre to the patterns that cut a text, one after the other (llama.cpp's
+# names).
 SPLITS: dict[str, Sequence[str]] = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"],
     "deepseek-r1-qwen": [QWEN2_SPLIT],

@@ -1,8 +1,8 @@
 """What a checkpoint says about its tokenizer beside the vocabulary: names, flags, chat templates.
 
 Read from tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja,
-config.json and generation_config.json, as far as they are there. ``clean_up_tokenization_spaces`` is
-left unread on purpose: it alters text.
+config.json and generation_config.json, as far as they are there. ``clean_up_tokenization_spaces``
+is left unread on purpose: it alters text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ _NAMES = (
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file that is missing, damaged or of a kind not known; the message says what to do."""
+    """A tokenizer file that is missing, damaged or of a kind not known; the message says what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """``add_bos`` and ``add_eos`` are None where the checkpoint leaves them to the vocabulary file."""
+    """``add_bos`` and ``add_eos`` are None where the vocabulary file decides."""
 
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     declared: tuple[AddedToken, ...] = ()

@@ -1,7 +1,8 @@
 """The tokenizer inside a GGUF file: its metadata holds the vocabulary, the flags and the template.
 
 ``tokenizer.ggml.model`` llama is sentencepiece's BPE (a ModelProto is built from tokens, scores and
-types, and run by sentencepiece); gpt2 is byte-level BPE, cut into words as ``tokenizer.ggml.pre`` says.
+types, and run by sentencepiece); gpt2 is byte-level BPE, cut into words as ``tokenizer.ggml.pre``
+says.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def from_metadata(metadata: dict[str, Any]) -> Tokenizer:
     if kind == "gpt2":
         return _byte_level(metadata)
     raise TokenizerError(
-        f"the GGUF file's tokenizer is {kind or 'missing'}: llama (sentencepiece) and gpt2 (byte-level "
-        "BPE) are the ones known"
+        f"the GGUF file's tokenizer is {kind or 'missing'}: llama (sentencepiece) and gpt2 "
+        "(byte-level BPE) are the ones known"
     )
 
 
@@ -95,7 +96,9 @@ def _read_pieces(metadata: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _distinct(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Sentencepiece refuses a second piece of the same text (padding has them): it gets a secret name."""
+    """Sentencepiece refuses a second piece of the same text (padding has them): it gets a secret
+    name.
+    """
     seen: set[str] = set()
     for number, piece in enumerate(pieces):
         if not piece.text or piece.text in seen:
@@ -131,7 +134,7 @@ _NAMES = {"unknown": "unk_token", "padding": "pad_token", "seperator": "sep_toke
 
 
 def _declared(metadata: dict[str, Any]) -> Iterator[AddedToken]:
-    """Control tokens, and for byte-level vocabularies the user-defined ones, which are no letters."""
+    """Control tokens; of byte-level vocabularies the user-defined ones too (no letters)."""
     tokens = _get(metadata, "tokens", [])
     is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
     for number, kind in enumerate(_get(metadata, "token_type", [])):

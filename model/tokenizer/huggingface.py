@@ -1,4 +1,6 @@
-"""tokenizer.json and everything else that the tokenizers library runs (tiktoken ranks, GGUF's gpt2)."""
+"""tokenizer.json and everything else that the tokenizers library runs (tiktoken ranks, GGUF's
+gpt2).
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ def load_json(path: Path, config: TokenizerConfig) -> LibraryTokenizer:
 
 
 class LibraryTokenizer(Tokenizer):
-    """Two library tokenizers over one vocabulary: one parses special tokens in text, the other knows
-    them only by their private spellings."""
+    """Two library tokenizers over one vocabulary: one parses special tokens in text, the other
+    knows them only by their private spellings.
+    """
 
     def __init__(self, library: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
         library.no_truncation()
@@ -127,12 +130,14 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 def _strips_start(step: dict[str, Any]) -> bool:
     if step["type"] == "Strip":
-        return step.get("content") == " " and step.get("start", 0) > 0
-    return step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        return bool(step.get("content") == " " and step.get("start", 0) > 0)
+    return bool(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the rest for letters from U+0100 on."""
+    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the rest for letters from U+0100
+    on.
+    """
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in kept]
     letters = {chr(byte): byte for byte in kept}
@@ -144,7 +149,7 @@ LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
 
 
 def _library_token(token: AddedToken) -> tokenizers.AddedToken:
-    """Never normalized: a normalizer that puts ▁ before a text would keep the token from matching."""
+    """Never normalized: a normalizer that puts ▁ first would keep the token from matching."""
     return tokenizers.AddedToken(
         token.text,
         special=True,
@@ -161,7 +166,7 @@ def _library_added(library: tokenizers.Tokenizer) -> dict[int, Any]:
 
 
 def _declare(library: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Adds what only tokenizer_config.json declares, and un-normalizes special tokens of the file."""
+    """Adds what only tokenizer_config.json declares, and un-normalizes the file's specials."""
     known = _library_added(library)
     for number, token in known.items():
         if token.normalized and token.special:

@@ -1,8 +1,9 @@
 """What every tokenizer can do, whatever file it came from.
 
-The rule of decoding: a text is its tokens' bytes, joined and decoded as UTF-8 with replacement (maximal
-invalid parts, as Python does). The tokenizers library decodes otherwise (one bad byte spoils the run
-of byte tokens around it), so its decoder is not used: ``token_bytes`` is the ground truth here.
+The rule of decoding: a text is its tokens' bytes, joined and decoded as UTF-8 with replacement
+(maximal invalid parts, as Python does). The tokenizers library decodes otherwise (one bad byte
+spoils the run of byte tokens around it), so its decoder is not used: ``token_bytes`` is the ground
+truth here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["Segment", "TextNotEncodable", "Tokenizer", "TokenizerError"]
 
 
 class TextNotEncodable(ValueError):
-    """The text has no UTF-8 form (a lone surrogate): the client's mistake, never the vocabulary's."""
+    """The text has no UTF-8 form (a lone surrogate): the client's mistake."""
 
 
 class Segment(NamedTuple):
@@ -41,8 +42,10 @@ class Tokenizer(ABC):
         suffix: Sequence[int],
         drops_first_space: bool,
     ) -> None:
-        """``prefix`` and ``suffix`` are what add_special_tokens puts around a text; ``drops_first_space``
-        says that encoding puts a space before a text, which decoding from its start takes away."""
+        """``prefix`` and ``suffix`` are what add_special_tokens puts around a text;
+        ``drops_first_space`` says that encoding puts a space before a text, which decoding from its
+        start takes away.
+        """
         self.added = {token.id: token for token in added}
         self.vocab_size = vocab_size
         self.drops_first_space = drops_first_space
@@ -54,6 +57,12 @@ class Tokenizer(ABC):
         self.bos_id = ids.get(config.named_tokens.get("bos_token", ""), config.bos_id)
         named_eos = ids.get(config.named_tokens.get("eos_token", ""))
         self.eos_ids = _distinct([named_eos, *config.eos_ids])
+        for name, token in (
+            ("bos_token", self.bos_id),
+            ("eos_token", next(iter(self.eos_ids), None)),
+        ):
+            if token in self.added:
+                self.named_tokens.setdefault(name, self.added[token].text)
         self.special_tokens = {
             token.text: token.id for token in self.added.values() if token.special
         }
@@ -64,13 +73,13 @@ class Tokenizer(ABC):
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's own template (the one called default where it names several), or None."""
+        """The checkpoint's own template (the default one where it names several), or None."""
         return self.chat_templates.get("default") or next(iter(self.chat_templates.values()), None)
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
-        """The ids of a text. Without ``parse_special`` the spelling of a special token stays text."""
+        """The ids of a text. Without ``parse_special`` a special token's spelling stays text."""
         require_encodable(text)
         ids = self._encode(text, parse_special) if text else []
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
@@ -95,7 +104,7 @@ class Tokenizer(ABC):
         return b"".join(parts).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token adds to a text; none for an id past the vocabulary (padded embeddings)."""
+        """The bytes a token adds to a text; none for an id past the vocabulary (padding)."""
         found = self._bytes.get(token)
         if found is None:
             known = self.added.get(token)
@@ -104,13 +113,15 @@ class Tokenizer(ABC):
         return found
 
     def first_bytes(self, token: int) -> bytes:
-        """The bytes of a text's first token, without the space that encoding put before the text."""
+        """The bytes of a text's first token, without the space that encoding put before it."""
         found = self.token_bytes(token)
         starts_with_space = found[:1] == b" " and token not in self.added
         return found[1:] if starts_with_space and self._is_spelled_out(token) else found
 
     def token_text(self, token: int) -> str:
-        """A token alone, for people: bytes that are no whole character show as the replacement sign."""
+        """A token alone, for people: bytes that are no whole character show as the replacement
+        sign.
+        """
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def is_special(self, token: int) -> bool:
@@ -153,8 +164,8 @@ def require_encodable(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextNotEncodable(
-            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
-            "it has no UTF-8 form; send whole characters"
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}: it has no UTF-8 form; send whole characters"
         ) from None
 
 

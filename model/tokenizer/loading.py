@@ -16,8 +16,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer of a folder, a tokenizer file or a .gguf.
 
     In a folder tokenizer.json comes first (what it says is what the model was trained with), then
-    tokenizer.model, sentencepiece or tiktoken by its contents, then a GGUF file. Raises TokenizerError
-    saying what is missing.
+    tokenizer.model, sentencepiece or tiktoken by its contents, then a GGUF file. Raises
+    TokenizerError saying what is missing.
     """
     file = _tokenizer_file(Path(path))
     with file.open("rb") as opened:
@@ -58,5 +58,8 @@ def _what_is_missing(path: Path) -> str:
     if not path.is_dir():
         return f"there is no tokenizer at {path}"
     if (path / "tekken.json").is_file():
-        return f"{path.name} has tekken.json only: add the tokenizer.json of its Hugging Face repository"
-    return f"{path.name} has no tokenizer.json and no tokenizer.model: copy one of them beside the weights"
+        return f"{path.name} has tekken.json only: add the tokenizer.json of the Hugging Face model"
+    return (
+        f"{path.name} has no tokenizer.json and no tokenizer.model: copy one of them beside the "
+        "weights"
+    )

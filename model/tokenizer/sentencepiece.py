@@ -1,8 +1,8 @@
 """``tokenizer.model`` of Llama 1 and 2 and of Mistral, run by the sentencepiece library.
 
-Sentencepiece never makes a control token out of text, so those are cut out of the text here; it always
-makes user-defined symbols out of text, so a twin model that knows the guarded ones by their private
-spellings encodes what must stay text.
+Sentencepiece never makes a control token out of text, so those are cut out of the text here; it
+always makes user-defined symbols out of text, so a twin model that knows the guarded ones by their
+private spellings encodes what must stay text.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class PieceTokenizer(Tokenizer):
         return self._run(runs, self._private_models)
 
     def _run(self, runs: Sequence[str | int], models: _Models) -> list[int]:
-        """Text runs are encoded, ids stay; only the first run's model may differ from the others'."""
+        """Text runs are encoded, ids stay; the model of the first run may differ."""
         ids: list[int] = []
         for run in runs:
             if isinstance(run, int):

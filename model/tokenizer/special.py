@@ -1,9 +1,10 @@
 """Special tokens as text: which spellings are guarded, finding them, and spelling them privately.
 
-A guarded spelling becomes its token only where the caller means it (a completion prompt, what a chat
-template itself writes), never in a chat's contents. To encode a text that holds both, the meant ones
-are written in a private spelling that no client can guess, so that one call of the library encodes
-the whole text and treats the borders between tokens and text exactly as the checkpoint does.
+A guarded spelling becomes its token only where the caller means it (a completion prompt, what a
+chat template itself writes), never in a chat's contents. To encode a text that holds both, the
+meant ones are written in a private spelling that no client can guess, so that one call of the
+library encodes the whole text and treats the borders between tokens and text exactly as the
+checkpoint does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class AddedToken:
 
     @property
     def is_guarded(self) -> bool:
-        """Special, or shaped like markup (``<tool_call>``); not the runs of blanks some vocabularies add."""
+        """Special, or shaped like markup (``<tool_call>``); not the runs of blanks some
+        vocabularies add.
+        """
         return bool(self.text) and (self.special or _MARKUP.fullmatch(self.text) is not None)
 
 
@@ -70,7 +73,7 @@ class Spellings:
 def private_characters(count: int, avoid: str = "") -> str:
     """Characters nobody can foresee, from a private plane, none of them in ``avoid``."""
     taken = set(avoid)
-    drawn = []
+    drawn: list[str] = []
     while len(drawn) < count:
         character = chr(_PRIVATE_PLANE + secrets.randbelow(0xFFFE))
         if character not in taken:

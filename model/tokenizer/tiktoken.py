@@ -1,7 +1,7 @@
 """Llama 3's ``tokenizer.model``: tiktoken's lines of base64 and rank, and Meta's special tokens.
 
-The ranks become merges (every way to cut a token into two tokens, in order of rank), which is how the
-published tokenizer.json was made; so the tokenizers library gives the same ids as that file.
+The ranks become merges (every way to cut a token into two tokens, in order of rank), which is how
+the published tokenizer.json was made; so the tokenizers library gives the same ids as that file.
 """
 
 from __future__ import annotations
