@@ -1,0 +1,89 @@
+"""What may enter the waiting queue: nothing that could never run, no more than is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.engine.messages import Submit
+from service.engine.waiting import WaitingQueue
+from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+
+SecondsFor = Callable[[float, float], float]  # (sequences, tokens) to work off
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one sequence can have at most."""
+
+    max_model_len: int  # tokens, prompt and output
+    num_blocks: int  # blocks that can be given out
+    block_size: int
+
+    def check(self, submit: Submit) -> None:
+        """Raises InvalidRequest for what could never run, however long it waited."""
+        if not submit.prompt:
+            raise InvalidRequest("The prompt has no tokens; send at least one.", param="prompt")
+        if not submit.settings:
+            raise InvalidRequest("No choice is asked for; send n of at least 1.", param="n")
+        max_tokens = max(settings.max_tokens for settings in submit.settings)
+        self._check_context(len(submit.prompt), max_tokens)
+        self._check_blocks(len(submit.prompt), max_tokens)
+
+    def _check_context(self, prompt: int, max_tokens: int) -> None:
+        if prompt + max_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt's {prompt} tokens and the {max_tokens} asked for by max_tokens are "
+                f"{prompt + max_tokens}, and the context holds {self.max_model_len}. "
+                f"{_remedy(prompt, self.max_model_len)}",
+                param="max_tokens" if prompt < self.max_model_len else "prompt",
+            )
+
+    def _check_blocks(self, prompt: int, max_tokens: int) -> None:
+        computed = max(prompt, prompt + max_tokens - 1)  # the last token drawn is never computed
+        room = self.num_blocks * self.block_size
+        if computed > room:
+            raise ContextLengthExceeded(
+                f"The prompt's {prompt} tokens and the {max_tokens} asked for by max_tokens need "
+                f"{-(-computed // self.block_size)} cache blocks, and there are {self.num_blocks} "
+                f"of {self.block_size} tokens. {_remedy(prompt, room)}",
+                param="max_tokens" if prompt < room else "prompt",
+            )
+
+
+def _remedy(prompt: int, room: int) -> str:
+    if prompt < room:
+        return f"Send max_tokens of at most {room - prompt}, or a shorter prompt."
+    return f"Send a prompt of fewer than {room} tokens."
+
+
+@dataclass(frozen=True)
+class QueueBounds:
+    """An engine with a free slot and nobody waiting takes any one request, whatever its size."""
+
+    max_queued_requests: int  # choices
+    max_queued_tokens: int  # prompt tokens
+
+    def check(
+        self, submit: Submit, queue: WaitingQueue, free_slots: int, seconds_for: SecondsFor
+    ) -> None:
+        """Raises Overloaded, with the time in which half of the queue should have gone.
+
+        Running slots that are still free count as room: what is to fill them has to pass through
+        the queue.
+        """
+        if not len(queue) and free_slots > 0:
+            return
+        num_choices = len(queue) + len(submit.settings)
+        num_tokens = queue.tokens + len(submit.prompt)
+        max_choices = self.max_queued_requests + free_slots
+        if num_choices <= max_choices and num_tokens <= self.max_queued_tokens:
+            return
+        sequences = max(num_choices - max_choices // 2, 1)
+        tokens = max(num_tokens - self.max_queued_tokens // 2, 0)
+        raise Overloaded(
+            f"The queue is full: {len(queue)} sequences with {queue.tokens} prompt tokens wait, "
+            f"and the bounds are {self.max_queued_requests} and {self.max_queued_tokens}. "
+            "Try again after the time in Retry-After.",
+            retry_after=seconds_for(sequences, tokens),
+        )

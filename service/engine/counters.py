@@ -1,0 +1,39 @@
+"""What the scheduler counts, monotone over the engine's life, and what it shows of the moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(slots=True)
+class Counters:
+    prompt_tokens: int = 0  # of requests whose prompt is computed, cached tokens included
+    generation_tokens: int = 0  # tokens sent out
+    discarded_tokens: int = 0  # drawn for a choice that was gone by then
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache at a request's first step
+    prefix_hits: int = 0  # tokens found there
+    finished: Counter[str] = field(default_factory=Counter)  # choices by reason
+    rejected: Counter[str] = field(default_factory=Counter)  # submits by error code
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat, for the State message: ``finished_<reason>``, ``rejected_<code>``."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "discarded_tokens": self.discarded_tokens,
+            "preemptions": self.preemptions,
+            "prefix_queries": self.prefix_queries,
+            "prefix_hits": self.prefix_hits,
+            **{f"finished_{reason}": n for reason, n in self.finished.items()},
+            **{f"rejected_{code}": n for code, n in self.rejected.items()},
+        }
+
+
+class Gauges(NamedTuple):
+    running: int  # sequences that hold blocks
+    waiting: int  # choices queued, preempted ones too
+    waiting_tokens: int  # prompt tokens of requests that never had a step
+    free_blocks: int  # cached ones too

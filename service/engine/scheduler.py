@@ -1,0 +1,232 @@
+"""Decides, in integers, which sequences advance by how many tokens, and keeps their books.
+
+    scheduler = Scheduler(pool, max_num_seqs=..., max_num_batched_tokens=..., max_model_len=...)
+    scheduler.add(submit, client)            raises InvalidRequest (too long: its subclass), Overloaded
+    scheduler.cancel(id, choice, client)     from any state, idempotent; nothing is sent for it
+    scheduler.cancel_client(client)          a connection is lost
+    scheduler.expire() -> Deliveries         partial answers of what is out of time
+    scheduler.schedule() -> Step | None      None: nobody is here
+    scheduler.update(step, result) -> Deliveries
+    scheduler.has_work, .gauges(), .counters
+
+``Deliveries`` maps each client (connection) to its messages.Output of this step. Every choice gets
+exactly one Output with a finish_reason, unless it was cancelled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Hashable
+
+from service.engine.admission import QueueBounds, RequestLimits
+from service.engine.blocks import BlockPool
+from service.engine.counters import Counters, Gauges
+from service.engine.drain_rate import DrainRate
+from service.engine.expiry import Expiries
+from service.engine.lineup import Lineup
+from service.engine.messages import DEADLINE, Output, Submit
+from service.engine.paging import Paging
+from service.engine.sequence import Ending, Request, Sequence, Status
+from service.engine.step import Draw, Row, RowResult, Step, StepResult
+from service.engine.waiting import FirstComeQueue, WaitingQueue
+from service.errors import InvalidRequest, PronkError
+
+Deliveries = dict[Hashable, list[Output]]
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_queued_requests: int = 1024,
+        max_queued_tokens: int = 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
+        queue: WaitingQueue | None = None,
+    ) -> None:
+        assert max_num_seqs >= 1, "nobody could run"
+        assert max_num_batched_tokens >= 1, "nothing could be computed"
+        self.pool = pool
+        self.max_model_len = max_model_len
+        self.counters = Counters()
+        self.rate = DrainRate()
+        self._clock = clock
+        self._paging = Paging(pool)
+        self._waiting = FirstComeQueue() if queue is None else queue
+        self._lineup = Lineup(
+            self._paging, self._waiting, max_num_seqs, max_num_batched_tokens, self.counters, clock
+        )
+        self._limits = RequestLimits(max_model_len, pool.num_usable, pool.block_size)
+        self._bounds = QueueBounds(max_queued_requests, max_queued_tokens)
+        self._expiries = Expiries()
+        self._requests: dict[tuple[Hashable, int], Request] = {}
+        self._numbers = itertools.count()
+        self._num_steps = 0
+        self._num_ended = 0  # choices, since the rate last heard of it
+        self._in_flight: Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def gauges(self) -> Gauges:
+        waiting = self._waiting
+        return Gauges(len(self._lineup.running), len(waiting), waiting.tokens, self.pool.num_free)
+
+    # ---- requests come and go ------------------------------------------------------------------
+
+    def add(self, submit: Submit, client: Hashable = 0) -> None:
+        """Takes a request into the queue, or raises what its client is to be told."""
+        try:
+            self._check(submit, client)
+        except PronkError as error:
+            self.counters.rejected[error.code or "invalid_request"] += 1
+            raise
+        request = Request(submit, client, next(self._numbers), self._clock())
+        sequence = Sequence.start(request, self.pool.grain)
+        request.sequences = {choice.index: sequence for choice in sequence.choices}
+        self._requests[request.key] = request
+        self._waiting.add(sequence)
+        self._expiries.add(request)
+
+    def _check(self, submit: Submit, client: Hashable) -> None:
+        if (client, submit.id) in self._requests:
+            raise InvalidRequest(f"Request {submit.id} is still being answered.")
+        self._limits.check(submit)
+        free_slots = max(self._lineup.free_slots, 0)
+        self._bounds.check(submit, self._waiting, free_slots, self.rate.seconds_for)
+
+    def cancel(self, id: int, choice: int | None = None, client: Hashable = 0) -> bool:
+        """Drops a request, or one choice of it; False if that was gone already."""
+        request = self._requests.get((client, id))
+        if request is None:
+            return False
+        choices = [i for i in request.sequences if choice is None or i == choice]
+        for i in choices:
+            self._end(request.sequences[i], i, "cancelled")
+        return bool(choices)
+
+    def cancel_client(self, client: Hashable) -> int:
+        """Drops everything of a lost connection; the number of requests it had."""
+        ids = [id for owner, id in self._requests if owner == client]
+        for id in ids:
+            self.cancel(id, client=client)
+        return len(ids)
+
+    def expire(self, now: float | None = None) -> Deliveries:
+        """Ends what is past its deadline, or waited too long: a partial answer, not an error."""
+        now = self._clock() if now is None else now
+        out: Deliveries = {}
+        for request in self._expiries.due(now):
+            for choice, sequence in list(request.sequences.items()):
+                self._finish(sequence, choice, Ending("length", DEADLINE), now, out)
+        return out
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step; the caller updates it before it asks for another."""
+        assert self._in_flight is None, "the step before this one is not updated yet"
+        if not self._requests:
+            self.rate.pause()
+            return None
+        self.rate.start(self._clock())
+        step = Step(self._num_steps)
+        self._lineup.fill(step)
+        assert step.rows, "somebody is here and nobody can run"
+        self._num_steps += 1
+        self._in_flight = step
+        return step
+
+    def update(self, step: Step, result: StepResult) -> Deliveries:
+        """Extends, forks, finishes and frees; what each client is to be told."""
+        assert step is self._in_flight, "not the step in flight"
+        self._in_flight = None
+        now = self._clock()
+        out: Deliveries = {}
+        for row, came in zip(step.rows, result.rows, strict=True):
+            self._update_row(row, came, now, out)
+        self.rate.observe(now, self._num_ended, step.num_tokens)
+        self._num_ended = 0
+        return out
+
+    def _update_row(self, row: Row, came: RowResult, now: float, out: Deliveries) -> None:
+        sequence = row.sequence
+        if sequence.status is Status.FINISHED:
+            self.counters.discarded_tokens += len(came.draws)
+        elif came.error is not None:
+            for choice in sequence.choices:
+                ending = Ending("error", error=came.error)
+                self._finish(sequence, choice.index, ending, now, out)
+        else:
+            sequence.num_computed += row.count
+            self._paging.register(sequence)
+            if row.num_targets:
+                sequence.request.keep_prompt_logprobs(came.prompt_logprobs, row.num_targets)
+            if sequence.num_computed == len(sequence.tokens):
+                self._note_prompt_done(sequence.request)
+                self._draw(row, came.draws, now, out)
+
+    def _note_prompt_done(self, request: Request) -> None:
+        if not request.is_prompt_done:
+            request.is_prompt_done = True
+            self.counters.prompt_tokens += len(request.submit.prompt)
+
+    def _draw(self, row: Row, draws: list[Draw], now: float, out: Deliveries) -> None:
+        """Gives each choice its token; the prompt's row has drawn for all, who now part."""
+        sequence = row.sequence
+        if len(row.choices) == 1 and row.choices is sequence.choices:
+            self._extend(sequence, draws[0], now, out)
+            return
+        drawn = {choice.index: draw for choice, draw in zip(row.choices, draws, strict=True)}
+        children = sequence.fork()
+        self._lineup.run_forks(children)  # before anyone's end: they share living pages
+        for member in (sequence, *children):
+            sequence.request.sequences[member.choice] = member
+            self._extend(member, drawn.pop(member.choice, None), now, out)
+        self.counters.discarded_tokens += len(drawn)
+
+    def _extend(self, sequence: Sequence, draw: Draw | None, now: float, out: Deliveries) -> None:
+        if draw is None:  # max_tokens is 0: the prompt was all
+            self._finish(sequence, sequence.choice, Ending("length"), now, out)
+            return
+        sequence.tokens.append(draw.token)
+        self.counters.generation_tokens += 1
+        ending = sequence.ending(self.max_model_len)
+        if ending is None:
+            output = sequence.request.output(sequence.choice, now, draw)
+            out.setdefault(sequence.request.client, []).append(output)
+        else:
+            self._finish(sequence, sequence.choice, ending, now, out, draw)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        choice: int,
+        ending: Ending,
+        now: float,
+        out: Deliveries,
+        draw: Draw | None = None,
+    ) -> None:
+        output = sequence.request.output(choice, now, draw, ending)
+        out.setdefault(sequence.request.client, []).append(output)
+        self._end(sequence, choice, ending.finish_reason)
+
+    def _end(self, sequence: Sequence, choice: int, reason: str) -> None:
+        """Takes one choice off the books; a sequence without any leaves and frees its blocks."""
+        request = sequence.request
+        del request.sequences[choice]
+        self.counters.finished[reason] += 1
+        self._num_ended += 1
+        if len(sequence.choices) == 1:
+            self._lineup.remove(sequence)
+        else:
+            sequence.drop(choice)
+            if sequence.status is Status.WAITING:
+                self._waiting.recount(sequence, 1)
+        if not request.sequences:
+            del self._requests[request.key]

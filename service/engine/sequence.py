@@ -1,0 +1,222 @@
+"""A request and its sequences, in integers.
+
+A ``Request`` is one prompt with n choices. It starts as one ``Sequence`` that carries all choices
+(``choices``, the first is its own); when its last prompt row has sampled, the others fork off as
+sequences of their own. A sequence only catches up: it has tokens and a computed count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
+from service.engine.prefix import GRAIN, PrefixChain, chain_root
+
+
+class Status(Enum):
+    WAITING = "waiting"  # in the queue: new, preempted, or forked without room to run
+    RUNNING = "running"  # holds blocks
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    index: int  # as the client counts
+    settings: SamplingSettings
+
+
+class Draw(NamedTuple):
+    token: int
+    logprob: TokenLogprob | None = None  # when the choice's settings ask for it
+
+
+class Ending(NamedTuple):
+    finish_reason: str
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+class Request:
+    """What the choices of one submit have in common."""
+
+    __slots__ = (
+        "arrival",
+        "cached_tokens",
+        "client",
+        "first_scheduled",
+        "is_answered",
+        "is_prompt_done",
+        "number",
+        "prompt_logprobs",
+        "root",
+        "sequences",
+        "submit",
+    )
+
+    def __init__(self, submit: Submit, client: Hashable, number: int, arrival: float) -> None:
+        self.submit = submit
+        self.client = client
+        self.number = number  # order of arrival
+        self.arrival = arrival  # the scheduler's clock, seconds
+        self.root = chain_root(submit.namespace)
+        self.first_scheduled: float | None = None
+        self.cached_tokens: int | None = None  # prompt tokens found cached at its first step
+        self.is_prompt_done = False
+        self.is_answered = False  # its first output has left
+        self.sequences: dict[int, Sequence] = {}  # by unfinished choice
+        # One entry a prompt token whose logprob is known; the first token's is None.
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if submit.prompt_logprobs is None else [None]
+        )
+
+    @property
+    def key(self) -> tuple[Hashable, int]:
+        return self.client, self.submit.id
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        known = self.prompt_logprobs
+        return known is not None and len(known) < len(self.submit.prompt)
+
+    def keep_prompt_logprobs(self, logprobs: list[TokenLogprob], num_targets: int) -> None:
+        """Of one chunk; they survive the loss of the cache, so each is computed once."""
+        assert self.prompt_logprobs is not None, "not asked for"
+        assert len(logprobs) == num_targets, "one logprob a target"
+        self.prompt_logprobs += logprobs
+
+    def output(
+        self, choice: int, now: float, draw: Draw | None = None, ending: Ending | None = None
+    ) -> Output:
+        """What one choice gained; the request's first output tells how its prompt fared."""
+        reason, stop_reason, error = ending or (None, None, None)
+        tokens = [] if draw is None else [draw.token]
+        logprobs = None if draw is None or draw.logprob is None else [draw.logprob]
+        if self.is_answered:
+            return Output(self.submit.id, choice, tokens, logprobs, reason, stop_reason, error)
+        self.is_answered = True
+        started = self.first_scheduled
+        return Output(
+            self.submit.id,
+            choice,
+            tokens,
+            logprobs,
+            reason,
+            stop_reason,
+            error,
+            self.cached_tokens or 0,
+            None if self.lacks_prompt_logprobs else self.prompt_logprobs,
+            (now if started is None else started) - self.arrival,
+            None if started is None else now - started,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    choices: tuple[Choice, ...]  # more than one until it forks
+    tokens: list[int]  # prompt and output
+    num_prompt: int
+    chain: PrefixChain
+    order: tuple[int, int, int]  # (priority, arrival number, choice): who goes first
+    num_computed: int = 0
+    num_registered: int = 0  # grains told to the block pool
+    block_table: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+
+    @classmethod
+    def start(cls, request: Request, grain: int = GRAIN) -> Sequence:
+        """The sequence that computes the prompt on behalf of every choice."""
+        submit = request.submit
+        return cls(
+            request,
+            tuple(Choice(i, settings) for i, settings in enumerate(submit.settings)),
+            list(submit.prompt),
+            len(submit.prompt),
+            PrefixChain(request.root, grain),
+            (submit.priority, request.number, 0),
+        )
+
+    @property
+    def id(self) -> int:
+        return self.request.submit.id
+
+    @property
+    def choice(self) -> int:
+        return self.choices[0].index
+
+    @property
+    def settings(self) -> SamplingSettings:
+        return self.choices[0].settings
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_due(self) -> int:
+        """Tokens to compute until it samples again."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def choices_that_draw(self) -> tuple[Choice, ...]:
+        """All, but those that asked for no token: max_tokens 0, the prompt alone."""
+        if all(choice.settings.max_tokens > 0 for choice in self.choices):
+            return self.choices
+        return tuple(choice for choice in self.choices if choice.settings.max_tokens > 0)
+
+    @property
+    def first_logits(self) -> int:
+        """Position of the first row whose logits are needed; before it, cached pages will do."""
+        if self.request.lacks_prompt_logprobs:
+            assert self.request.prompt_logprobs is not None
+            return len(self.request.prompt_logprobs) - 1
+        return len(self.tokens) - 1
+
+    def fork(self) -> list[Sequence]:
+        """Gives every choice but its own a sequence, with this one's block table, to be shared."""
+        children = [self._child(choice) for choice in self.choices[1:]]
+        self.choices = self.choices[:1]
+        return children
+
+    def _child(self, choice: Choice) -> Sequence:
+        priority, number, _ = self.order
+        return Sequence(
+            self.request,
+            (choice,),
+            self.tokens.copy(),
+            self.num_prompt,
+            self.chain.fork(),
+            (priority, number, choice.index),
+            self.num_computed,
+            self.num_registered,
+            self.block_table.copy(),
+            self.status,
+        )
+
+    def forget_pages(self) -> None:
+        """What it knows of its pages, once they are given back: nothing is computed."""
+        self.block_table = []
+        self.num_computed = 0
+        self.num_registered = 0
+
+    def drop(self, choice: int) -> None:
+        self.choices = tuple(c for c in self.choices if c.index != choice)
+
+    def ending(self, max_model_len: int) -> Ending | None:
+        """Whether its last token, drawn just now, ends it. Below min_tokens no end counts.
+
+        An end of sequence gives no stop reason, the client's own stop id gives itself.
+        """
+        settings, token = self.settings, self.tokens[-1]
+        num_output = len(self.tokens) - self.num_prompt
+        if num_output > settings.min_tokens:
+            if token in settings.eos_token_ids:
+                return Ending("stop")
+            if token in settings.stop_token_ids:
+                return Ending("stop", token)
+        if num_output >= settings.max_tokens or len(self.tokens) >= max_model_len:
+            return Ending("length")
+        return None

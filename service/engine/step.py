@@ -1,0 +1,116 @@
+"""What one step does, and what came of it: the integers between scheduler and runner.
+
+step = scheduler.schedule()          Step | None
+result = runner.run(step)            StepResult, rows parallel to step.rows
+scheduler.update(step, result)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.engine.messages import TokenLogprob
+from service.engine.sequence import Choice, Draw, Sequence
+
+__all__ = ["Draw", "Row", "RowResult", "Step", "StepResult", "make_row"]
+
+
+@dataclass(slots=True)
+class Row:
+    """Computes ``sequence.tokens[start:start + count]``.
+
+    ``num_logits`` counts the last tokens of the row whose logits are wanted. The first
+    ``num_targets`` of those predict prompt tokens whose logprob is asked for (``targets``); the
+    last one is sampled once for each of ``choices``, with ``choice.settings``, at position
+    ``len(sequence.tokens)``.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    num_logits: int = 0
+    num_targets: int = 0
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        return bool(self.choices)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.start : self.start + self.count]
+
+    @property
+    def targets(self) -> list[int]:
+        """Prompt tokens whose logprob the first ``num_targets`` rows of logits give."""
+        first = self.start + self.count - self.num_logits + 1
+        return self.sequence.tokens[first : first + self.num_targets]
+
+
+@dataclass(slots=True)
+class Step:
+    """Rows of one token come first.
+
+    ``copies`` (source block, target block, first tokens) are done before the forward. Targets are
+    distinct and every source holds what is wanted before the step, so in list order or all sources
+    read first is the same.
+    """
+
+    number: int
+    rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def put_single_tokens_first(self) -> None:
+        self.rows.sort(key=_is_chunk)  # stable: otherwise the order of the line
+
+
+@dataclass(slots=True)
+class RowResult:
+    """``draws`` parallel to ``row.choices``, ``prompt_logprobs`` to ``row.targets``.
+
+    ``error`` ends this row's sequence alone; it is what the client may be told.
+    """
+
+    draws: list[Draw] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    rows: list[RowResult]
+
+    @classmethod
+    def failed(cls, step: Step, error: str) -> StepResult:
+        """The whole step came to nothing: every sequence in it ends with this error."""
+        return cls([RowResult(error=error) for _ in step.rows])
+
+
+def make_row(sequence: Sequence, count: int) -> Row:
+    """The next ``count`` tokens of a sequence, and which logits they are computed for."""
+    start = sequence.num_computed
+    end = start + count
+    row = Row(sequence, start, count)
+    if end == len(sequence.tokens):
+        row.choices = sequence.choices_that_draw
+        row.num_logits = 1 if row.choices else 0
+    if sequence.request.lacks_prompt_logprobs:
+        _want_prompt_logprobs(row)
+    return row
+
+
+def _want_prompt_logprobs(row: Row) -> None:
+    """Row i predicts token i + 1: the last row of a chunk knows the first token of the next."""
+    first = max(row.start, row.sequence.first_logits)
+    if first < row.end:
+        row.num_logits = row.end - first
+        row.num_targets = min(row.end, row.sequence.num_prompt - 1) - first
+
+
+def _is_chunk(row: Row) -> bool:
+    return row.count > 1

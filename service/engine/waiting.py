@@ -1,0 +1,73 @@
+"""The waiting queue: one interface; first come, first served (by priority) implements it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+from typing import Protocol
+
+from service.engine.sequence import Sequence
+
+_order = attrgetter("order")
+
+
+class WaitingQueue(Protocol):
+    """``len`` counts choices, ``tokens`` the prompt tokens of requests that never had a step."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def add(self, sequence: Sequence) -> None: ...
+
+    def push_front(self, sequence: Sequence) -> None:
+        """Takes back one that has run before: to the front of its class."""
+
+    def peek(self) -> Sequence | None:
+        """Who is next; ``remove`` takes it out once it can run."""
+
+    def remove(self, sequence: Sequence) -> None: ...
+
+    def recount(self, sequence: Sequence, num_dropped: int) -> None:
+        """A queued sequence has lost that many of its choices."""
+
+    def __len__(self) -> int: ...
+
+
+class FirstComeQueue:
+    """Lowest priority number first, then by arrival.
+
+    Within a priority everything that ever ran arrived before everything that did not, so the front
+    of its class is simply its place by arrival.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []  # sorted
+        self._num_choices = 0
+        self.tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=_order)
+        self._num_choices += len(sequence.choices)
+        self.tokens += _fresh_tokens(sequence)
+
+    push_front = add
+
+    def peek(self) -> Sequence | None:
+        return self._sequences[0] if self._sequences else None
+
+    def remove(self, sequence: Sequence) -> None:
+        i = bisect_left(self._sequences, sequence.order, key=_order)
+        assert self._sequences[i] is sequence, "not in the queue"
+        del self._sequences[i]
+        self._num_choices -= len(sequence.choices)
+        self.tokens -= _fresh_tokens(sequence)
+
+    def recount(self, sequence: Sequence, num_dropped: int) -> None:
+        self._num_choices -= num_dropped
+
+    def __len__(self) -> int:
+        return self._num_choices
+
+
+def _fresh_tokens(sequence: Sequence) -> int:
+    return sequence.num_prompt if sequence.request.first_scheduled is None else 0
