@@ -46,7 +46,7 @@ _PLAIN: dict[GGMLQuantizationType, Any] = {
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.BF16: np.int16,  # numpy has no bfloat16: viewed as such by torch
 }
-_SLICE = 1 << 22  # numbers unpacked at a time: 16 MiB, and the gguf package's temporaries
+_SLICE = 1 << 20  # numbers unpacked at a time: 4 MiB, and the gguf package's temporaries
 
 
 def open_weights(checkpoint: Checkpoint) -> Weights:

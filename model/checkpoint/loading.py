@@ -159,8 +159,13 @@ def fill(
     check_names(slots, weights.tensors)
     done, total = 0, sum(tensor.num_bytes for tensor in weights.tensors)
     for stored in weights.tensors:
-        with stored.read(dtype) as tensor:
-            slots[stored.name].fill(tensor)
+        _store(slots[stored.name], stored, dtype)
         done += stored.num_bytes
         if progress is not None:
             progress(done, total)
+
+
+def _store(slot: WeightSlot, stored: StoredTensor, dtype: torch.dtype) -> None:
+    """A function of its own, so that no name holds this tensor while the next one is read."""
+    with stored.read(dtype) as tensor:
+        slot.fill(tensor)

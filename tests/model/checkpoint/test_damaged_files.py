@@ -1,4 +1,4 @@
-"""Truncated, lying and hostile files end in a CheckpointError: soon, in little memory, running nothing."""
+"""Truncated, lying and hostile files are refused: soon, in little memory, running nothing."""
 
 from __future__ import annotations
 

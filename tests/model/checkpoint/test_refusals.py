@@ -206,7 +206,7 @@ def test_gguf_with_experts_is_refused(tmp_path: Path):
 
 def test_gguf_of_another_architecture_lists_the_known_ones(tmp_path: Path):
     _finish(gguf.GGUFWriter(tmp_path / "other.gguf", "gemma3"))
-    with pytest.raises(CheckpointError, match="'gemma3', .*: llama, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match=r"'gemma3', .*: llama, qwen2, qwen3"):
         load_config(tmp_path / "other.gguf")
 
 
