@@ -109,6 +109,10 @@ class EngineClient:
 
     # ---- life
 
+    def set_model(self, path: str) -> None:
+        """For a model whose place is known only later (a download); before ``start``."""
+        self._supervisor.set_model(path)
+
     async def start(self) -> None:
         """Start the engine process and the task that watches over it."""
         self._supervisor.start()

@@ -76,6 +76,10 @@ class Supervisor:
         """Process id of the engine, None between two of them."""
         return self._process.pid if self._process is not None else None
 
+    def set_model(self, path: str) -> None:
+        assert self._task is None, "the engine is started already"
+        self._options = replace(self._options, model=path)
+
     def start(self) -> None:
         assert self._task is None, "started twice"
         self._owner.announced(State(stage="starting"))

@@ -1,0 +1,174 @@
+"""From options to a runner that has run: threads, weights, the cache's size, a warm-up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from model.checkpoint import load_model
+from model.kv_cache import KVCache, bytes_per_block
+from model.llama import Llama
+from service.engine.capacity import CPU_SHARE, Limits, limits_that_fit, limits_wanted, num_blocks
+from service.engine.machine import available_memory, usable_cores
+from service.engine.messages import SamplingSettings, Submit
+from service.engine.options import EngineOptions
+from service.engine.runner import ModelRunner
+from service.engine.sequence import Request, Sequence
+from service.engine.step import Row, Step
+
+logger = logging.getLogger("pronk.engine")
+
+WARM_UP_ROWS = (1, 8, 32)
+PROFILE_MARGIN = 1.05  # allocator rounding between the profiled step and real ones
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, a cache of ``num_blocks`` pages beside it."""
+
+    runner: ModelRunner
+    limits: Limits
+    num_blocks: int
+    facts: dict[str, str]
+
+
+def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
+    """``progress`` hears 0..1. Raises ``ValueError`` or ``OSError`` with a line for the user."""
+    torch.set_num_threads(options.threads or usable_cores())
+    device = choose_device(options.device)
+    model = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=device,
+        attention=options.attention_backend,
+        progress=lambda done, total: progress(done / max(1, total)),
+    )
+    limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
+    block_bytes = bytes_per_block(model.config, limits.block_size, model.dtype)
+    budget, available = _memory_for_cache(options, model, limits)
+    blocks = num_blocks(options, limits, block_bytes, budget, available)
+    fitting = limits_that_fit(options, limits, blocks)
+    if fitting.max_model_len < limits.max_model_len:
+        logger.warning(
+            "the KV cache holds %d tokens: requests may be that long at most, the model would "
+            "handle %d",
+            fitting.max_model_len,
+            limits.max_model_len,
+        )
+    cache = KVCache(model.config, blocks, limits.block_size, model.dtype, model.device)
+    runner = ModelRunner(model, cache, fitting)
+    return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks))
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one. Raises ``ValueError`` for one that is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not there: torch sees {_devices()}")
+    return device
+
+
+def warm_up(loaded: Loaded) -> Iterator[tuple[int, float]]:
+    """Run a prompt chunk and decodes of several widths; yields (tokens, seconds) of each step."""
+    for step in _warm_up_steps(loaded.limits, loaded.num_blocks):
+        began = time.monotonic()
+        loaded.runner.run(step)
+        yield step.num_tokens, time.monotonic() - began
+
+
+def _warm_up_steps(limits: Limits, num_blocks: int) -> Iterator[Step]:
+    """Their keys land in pages nobody has been given yet."""
+    room = min(limits.max_model_len, (num_blocks - 1) * limits.block_size)
+    chunk = min(limits.max_num_batched_tokens, room)
+    greedy, drawn = SamplingSettings(temperature=0.0), SamplingSettings(top_p=0.9, logprobs=0)
+    yield _step([chunk], [drawn], limits, num_blocks)
+    for num_rows in WARM_UP_ROWS:
+        if num_rows <= limits.max_num_seqs:
+            settings = [greedy if i % 2 else drawn for i in range(num_rows)]
+            yield _step([1] * num_rows, settings, limits, num_blocks)
+
+
+def _step(
+    counts: list[int], settings: list[SamplingSettings], limits: Limits, num_blocks: int
+) -> Step:
+    rows = []
+    for number, (count, own) in enumerate(zip(counts, settings, strict=True)):
+        request = Request(Submit(id=number, prompt=[0] * count, settings=[own]), -1, -1, 0.0)
+        sequence = Sequence.start(request)
+        pages = -(-count // limits.block_size)
+        sequence.block_table = [1 + (number + i) % (num_blocks - 1) for i in range(pages)]
+        rows.append(Row(sequence, 0, count, num_logits=1, choices=sequence.choices))
+    return Step(0, rows, num_tokens=sum(counts))
+
+
+def _memory_for_cache(options: EngineOptions, model: Llama, limits: Limits) -> tuple[int, int]:
+    """(bytes the cache gets by default, bytes it could have at all)."""
+    if model.device.type == "cuda":
+        free = _free_after_profile(options, model, limits)
+        return free, free
+    available = available_memory()
+    return int(available * CPU_SHARE), available
+
+
+def _free_after_profile(options: EngineOptions, model: Llama, limits: Limits) -> int:
+    """What a step of the largest size leaves of the device's share that pronk may use."""
+    pages = -(-limits.max_num_batched_tokens // limits.block_size) + 1
+    cache = KVCache(model.config, pages, limits.block_size, model.dtype, model.device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    largest = Limits(
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        max(limits.max_model_len, limits.max_num_batched_tokens),
+        limits.block_size,
+    )
+    ModelRunner(model, cache, largest).run(_largest_step(largest, pages))
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    cache.close()
+    del cache
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    reserved = total * (1.0 - options.gpu_memory_utilization)
+    return max(0, int(free - reserved - PROFILE_MARGIN * peak))
+
+
+def _largest_step(limits: Limits, num_blocks: int) -> Step:
+    """Every sequence samples, and together they spend the whole budget."""
+    count = limits.max_num_batched_tokens // limits.max_num_seqs
+    settings = [SamplingSettings(top_p=0.9, logprobs=20)] * limits.max_num_seqs
+    return _step([count] * limits.max_num_seqs, settings, limits, num_blocks)
+
+
+def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
+    """What the start-up banner and ``/version`` may tell."""
+    return {
+        "architecture": model.config.architecture,
+        "parameters": str(model.num_parameters),
+        "device": _device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.attention),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "max_num_seqs": str(limits.max_num_seqs),
+        "max_num_batched_tokens": str(limits.max_num_batched_tokens),
+        "kv_tokens": str((num_blocks - 1) * limits.block_size),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _devices() -> str:
+    count = torch.cuda.device_count()
+    return "no GPU" if count == 0 else f"cuda:0 to cuda:{count - 1}"

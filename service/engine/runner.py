@@ -1,0 +1,190 @@
+"""Integers in, integers out: the one place of the service where a step becomes tensors.
+
+Three stages, forward, mask, sample, in two halves: ``launch`` queues them (on a GPU it returns
+while the device works), ``collect`` waits for what was drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.batch import BatchBuilder, BatchRow
+from model.kv_cache import KVCache
+from model.llama import Llama
+from model.penalties import PenaltyState
+from model.logprobs import RawLogprob
+from model.sampler import Draw as RawDraw
+from model.sampler import Drawn, Sampler, SamplingRow
+from service.engine.capacity import Limits
+from service.engine.messages import SamplingSettings, TokenLogprob
+from service.engine.sequence import Choice, Sequence, Status
+from service.engine.step import Draw, Row, RowResult, Step, StepResult
+
+NOT_FINITE = "the model's logits are not finite"
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step on its way: ``logits`` [R, V], of which row i of the step begins at ``firsts[i]``."""
+
+    step: Step
+    logits: Tensor
+    firsts: list[int]
+    drawn: Drawn | None
+
+
+class ModelRunner:
+    """Owns the network, its cache and the penalty states; knows nothing of clients or queues."""
+
+    def __init__(self, model: Llama, cache: KVCache, limits: Limits) -> None:
+        self.model = model
+        self.cache = cache
+        self._sampler = Sampler(model.config.vocab_size, model.device)
+        self._builder = BatchBuilder(
+            max_tokens=limits.max_num_batched_tokens,
+            max_rows=limits.max_num_seqs,
+            max_blocks=limits.blocks_a_sequence,
+            block_size=limits.block_size,
+            device=model.device,
+        )
+        self._penalties: dict[tuple[int, int], tuple[Sequence, PenaltyState]] = {}
+
+    def run(self, step: Step) -> StepResult:
+        return self.collect(self.launch(step))
+
+    def is_fatal(self, error: Exception) -> bool:
+        """A device error leaves the device's state unknown; memory that ran out does not."""
+        return isinstance(error, torch.AcceleratorError)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Queue the step on the device."""
+        if step.copies:
+            self.cache.copy(step.copies)
+        batch = self._builder.build([_batch_row(row) for row in step.rows])
+        logits = self.model.forward(batch, self.cache)
+        firsts = _first_logits(step.rows)
+        rows = self._sampling_rows(step.rows, firsts)
+        return Launched(step, logits, firsts, self._sampler.launch(logits, rows) if rows else None)
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for the draws and hand them to the rows they belong to."""
+        draws = iter(launched.drawn.collect() if launched.drawn is not None else [])
+        results = []
+        for row, first in zip(launched.step.rows, launched.firsts, strict=True):
+            own = [next(draws) for _ in row.choices]
+            results.append(_result(own, self._prompt_logprobs(row, launched.logits, first)))
+        self._forget_finished()
+        return StepResult(results)
+
+    def _sampling_rows(self, rows: list[Row], firsts: list[int]) -> list[SamplingRow]:
+        return [
+            self._sampling_row(row.sequence, choice, first + row.num_logits - 1)
+            for row, first in zip(rows, firsts, strict=True)
+            for choice in row.choices
+        ]
+
+    def _sampling_row(self, sequence: Sequence, choice: Choice, logits_row: int) -> SamplingRow:
+        settings = choice.settings
+        return SamplingRow(
+            logits_row=logits_row,
+            seed=settings.seed,
+            choice=settings.choice,
+            position=len(sequence.tokens),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
+            repetition_penalty=settings.repetition_penalty,
+            logit_bias=settings.logit_bias,
+            allowed=settings.allowed_token_ids,
+            banned=_banned(settings, sequence),
+            penalties=self._penalty_state(sequence, choice),
+            logprobs=settings.logprobs,
+        )
+
+    def _penalty_state(self, sequence: Sequence, choice: Choice) -> PenaltyState | None:
+        """Kept from step to step, so that a step costs what is new; None without a penalty."""
+        settings = choice.settings
+        repeats = settings.repetition_penalty != 1.0
+        if not (repeats or settings.presence_penalty or settings.frequency_penalty):
+            return None
+        key = (sequence.request.number, choice.index)
+        _, state = self._penalties.get(key, (None, None))
+        if state is None:
+            prompt = sequence.tokens[: sequence.num_prompt]
+            state = PenaltyState(prompt, count_prompt=repeats)
+        self._penalties[key] = (sequence, state)
+        state.catch_up(sequence.tokens)
+        return state
+
+    def _forget_finished(self) -> None:
+        gone = [
+            key for key, (owner, _) in self._penalties.items() if owner.status is Status.FINISHED
+        ]
+        for key in gone:
+            del self._penalties[key]
+
+    def _prompt_logprobs(self, row: Row, logits: Tensor, first: int) -> list[TokenLogprob]:
+        if not row.num_targets:
+            return []
+        wanted = row.sequence.request.submit.prompt_logprobs or 0
+        own = logits[first : first + row.num_targets]
+        return [_logprob(raw) for raw in self._sampler.prompt_logprobs(own, row.targets, wanted)]
+
+
+def _batch_row(row: Row) -> BatchRow:
+    return BatchRow(
+        tokens=row.tokens,
+        start=row.start,
+        block_table=row.sequence.block_table,
+        num_logits=row.num_logits,
+    )
+
+
+def _first_logits(rows: SequenceOf[Row]) -> list[int]:
+    """Where each row's logits begin: they lie in the order of the rows."""
+    firsts, total = [], 0
+    for row in rows:
+        firsts.append(total)
+        total += row.num_logits
+    return firsts
+
+
+def _banned(settings: SamplingSettings, sequence: Sequence) -> list[int]:
+    """Ends below ``min_tokens``, and last tokens of bad words whose rest has just been put out."""
+    banned: list[int] = []
+    if sequence.num_output < settings.min_tokens:
+        banned += settings.eos_token_ids
+        banned += settings.stop_token_ids
+    if settings.bad_words:
+        output = sequence.tokens[sequence.num_prompt :]
+        banned += [word[-1] for word in settings.bad_words if _ends_with(output, word[:-1])]
+    return banned
+
+
+def _ends_with(tokens: list[int], ending: tuple[int, ...]) -> bool:
+    return not ending or tuple(tokens[-len(ending) :]) == ending
+
+
+def _result(draws: list[RawDraw], prompt_logprobs: list[TokenLogprob]) -> RowResult:
+    """One bad draw ends its sequence, and no other."""
+    error: str | None = next((str(draw.error) for draw in draws if draw.error), None)
+    if any(math.isnan(known.logprob) for known in prompt_logprobs):
+        error = NOT_FINITE
+    if error is not None:
+        return RowResult(error=error)
+    drawn = [Draw(draw.token, _logprob(draw.logprob) if draw.logprob else None) for draw in draws]
+    return RowResult(drawn, prompt_logprobs)
+
+
+def _logprob(raw: RawLogprob) -> TokenLogprob:
+    return TokenLogprob(raw.logprob, raw.rank, raw.top_ids, raw.top_logprobs)

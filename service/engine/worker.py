@@ -1,0 +1,143 @@
+"""The engine process: ``python -m service.engine.worker``, options as one line of JSON on stdin.
+
+It listens before it loads, tells every front end how far it is, serves until it is told to stop or
+its parent is gone, and leaves no socket behind. Exit codes: 0 asked to stop, 3 the model could not
+be loaded, 4 the device is beyond use, 70 the parent died.
+
+``State.counters`` (all only ever rise) are ``service.engine.counters.Counters`` and
+    failed_steps    steps that raised
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from service.engine.blocks import BlockPool
+from service.engine.capacity import Limits
+from service.engine.connections import Connections
+from service.engine.lifeline import die_with_parent
+from service.engine.loop import EngineLoop
+from service.engine.messages import State
+from service.engine.options import EngineOptions
+from service.engine.pulse import Pulse
+from service.engine.rates import StepRates
+from service.engine.scheduler import Scheduler
+from service.logs import configure_logging
+
+if TYPE_CHECKING:
+    from service.engine.loading import Loaded
+
+logger = logging.getLogger("pronk.engine")
+
+LOAD_FAILED = 3
+FAREWELL = 2.0  # seconds a failed engine waits for somebody to hear why
+IGNORED = (signal.SIGINT, signal.SIGTERM)  # the parent drains first, then says "shutdown"
+
+
+class LoadFailure(Exception):
+    """The model cannot be served; the text is one line for the operator."""
+
+
+def main() -> int:
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
+    options = read_options()
+    configure_logging(options.log_level, options.log_format)
+    connections = Connections(options.socket)
+    die_with_parent(options.parent, connections.unlink)
+    pulse = Pulse(connections)
+    pulse.start()
+    try:
+        return serve(options, connections, pulse)
+    finally:
+        pulse.stop()
+        connections.close()
+
+
+def read_options() -> EngineOptions:
+    """One line; what follows on standard input is the life line's."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
+        line += byte
+    return msgspec.json.decode(line, type=EngineOptions)
+
+
+def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int:
+    try:
+        loaded, rates = load_and_warm_up(options, pulse)
+    except LoadFailure as failure:
+        logger.error("the model could not be loaded: %s", failure)
+        say_farewell(connections, pulse, str(failure))
+        return LOAD_FAILED
+    scheduler = make_scheduler(options, loaded.limits, loaded.num_blocks)
+    return EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts).run()
+
+
+def make_scheduler(options: EngineOptions, limits: Limits, num_blocks: int) -> Scheduler:
+    pool = BlockPool(
+        num_blocks, limits.block_size, enable_prefix_caching=options.enable_prefix_caching
+    )
+    return Scheduler(
+        pool,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        max_queued_requests=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+    )
+
+
+def load_and_warm_up(options: EngineOptions, pulse: Pulse) -> tuple[Loaded, StepRates]:
+    """Tells of its progress; raises ``LoadFailure`` whatever went wrong."""
+    with one_line_failures():
+        from service.engine.loading import load, warm_up  # torch: seconds
+
+        rates = StepRates()
+        loaded = load(options, lambda share: pulse.publish(State("loading", progress=share)))
+        pulse.publish(State("warming_up", progress=1.0, facts=loaded.facts), urgent=True)
+        for num_tokens, seconds in warm_up(loaded):
+            rates.observe(num_tokens, seconds)
+    gc.collect()
+    gc.freeze()  # the model's objects live as long as the process: no need to look at them again
+    return loaded, rates
+
+
+@contextlib.contextmanager
+def one_line_failures() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise LoadFailure(first_line(error)) from error
+    except MemoryError as error:
+        raise LoadFailure("not enough memory for the model") from error
+    except Exception as error:
+        logger.debug("while loading", exc_info=error)
+        raise LoadFailure(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def say_farewell(connections: Connections, pulse: Pulse, reason: str) -> None:
+    """Make sure that somebody heard why: the client may not have connected yet."""
+    pulse.publish(State("failed", reason=reason), urgent=True)
+    give_up = time.monotonic() + FAREWELL
+    while not connections.num_connected and time.monotonic() < give_up:
+        connections.poll(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""An engine process without a model: the first token of a prompt says how it behaves.
+
+Speaks the real seam (connections, pulse, life line); tests of the client start it as their worker.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from service.engine.connections import Connections, Lost
+from service.engine.lifeline import die_with_parent
+from service.engine.messages import (
+    Accepted,
+    Cancel,
+    Control,
+    Output,
+    Outputs,
+    Refused,
+    Reply,
+    State,
+    Submit,
+)
+from service.engine.options import EngineOptions
+from service.engine.pulse import Pulse
+from service.engine.worker import read_options
+
+COUNT, REFUSE, DIE, IGNORE, STALL, FREEZE, BURST = range(1, 8)
+FAILS_TO_LOAD, DIES_AT_START = "fails-to-load", "dies-at-start"
+
+
+def outputs(*items: Output) -> Outputs:
+    return Outputs(step=1, num_scheduled_tokens=1, step_time=0.001, outputs=list(items))
+
+
+class Script:
+    """Every running request counts upwards, one token a choice and tick."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.connections = Connections(options.socket)
+        die_with_parent(options.parent, self.connections.unlink)
+        self.pulse = Pulse(self.connections)
+        self.running: dict[tuple[int, int], dict[int, int]] = {}
+        self.submits: dict[tuple[int, int], Submit] = {}
+        self.num_steps = 0
+        self.num_cancelled = 0
+        self.is_stalled = False
+        self.pulse.start()
+
+    def loop(self) -> int:
+        while True:
+            for front_end, message in self.connections.poll(0.005):
+                if self.take(front_end, message):
+                    self.connections.close()
+                    return 0
+            if not self.is_stalled:
+                self.step()
+            counters = {"cancelled": float(self.num_cancelled)}
+            state = State(
+                "ready", steps=self.num_steps, running=len(self.running), counters=counters
+            )
+            told = self.pulse.state
+            changed = (state.running, state.counters) != (told.running, told.counters)
+            self.pulse.publish(state, urgent=changed or told.stage != "ready")
+
+    def take(self, front_end: int, message: Any) -> bool:
+        match message:
+            case Submit():
+                self.submit(front_end, message)
+            case Cancel():
+                self.num_cancelled += 1
+                choices = self.running.get((front_end, message.id), {})
+                if message.choice is not None:
+                    choices.pop(message.choice, None)
+                if message.choice is None or not choices:
+                    self.running.pop((front_end, message.id), None)
+            case Lost():
+                self.running = {k: v for k, v in self.running.items() if k[0] != front_end}
+            case Control(verb="shutdown"):
+                return True
+            case Control(verb="ping"):
+                self.connections.send(front_end, Reply(message.id))
+        return False
+
+    def submit(self, front_end: int, submit: Submit) -> None:
+        key, verb = (front_end, submit.id), submit.prompt[0]
+        if verb == REFUSE:
+            refused = Refused(submit.id, "Overloaded", "the queue is full", "queue_full", None, 7.0)
+            self.connections.send(front_end, refused)
+            return
+        if verb == DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if verb == IGNORE:
+            return
+        if verb == FREEZE:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self.connections.send(front_end, Accepted(submit.id))
+        self.is_stalled = verb == STALL
+        self.submits[key] = submit
+        self.running[key] = dict.fromkeys(range(len(submit.settings)), 0)
+        if verb == BURST:
+            while key in self.running:
+                self.step()
+
+    def step(self) -> None:
+        for key, choices in list(self.running.items()):
+            items = [self.output(key, choice) for choice in list(choices)]
+            self.connections.send(key[0], outputs(*items))
+            if not choices:
+                del self.running[key]
+        self.num_steps += bool(self.running)
+
+    def output(self, key: tuple[int, int], choice: int) -> Output:
+        settings = self.submits[key].settings[choice]
+        token = self.running[key][choice]
+        self.running[key][choice] += 1
+        is_last = token + 1 >= settings.max_tokens
+        if is_last:
+            del self.running[key][choice]
+        return Output(key[1], choice, [token], finish_reason="length" if is_last else None)
+
+
+def main() -> int:
+    options = read_options()
+    if options.model == DIES_AT_START:
+        return 5
+    script = Script(options)
+    if options.model == FAILS_TO_LOAD:
+        script.pulse.publish(State("failed", reason="no such model"), urgent=True)
+        time.sleep(0.3)
+        return 3
+    return script.loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

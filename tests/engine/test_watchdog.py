@@ -1,0 +1,62 @@
+"""Standing still is told apart from idling, loading and taking long for a reason."""
+
+from __future__ import annotations
+
+from service.engine.messages import Outputs, State
+from service.engine.watchdog import Watchdog
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(patience: float = 10.0) -> tuple[Watchdog, Clock]:
+    clock = Clock()
+    return Watchdog(patience, clock), clock
+
+
+def hear_for(watchdog: Watchdog, clock: Clock, seconds: int, state: State) -> None:
+    for _ in range(seconds):
+        clock.now += 1
+        watchdog.heard(state)
+
+
+def test_an_idle_engine_is_not_stalled() -> None:
+    watchdog, clock = watched()
+    hear_for(watchdog, clock, 100, State("ready"))
+    assert not watchdog.is_stalled()
+
+
+def test_a_loading_engine_is_not_stalled() -> None:
+    watchdog, clock = watched()
+    clock.now = 100
+    assert not watchdog.is_stalled()
+
+
+def test_a_silent_engine_is_stalled() -> None:
+    watchdog, clock = watched()
+    watchdog.heard(State("ready"))
+    clock.now = 9
+    assert not watchdog.is_stalled()
+    clock.now = 11
+    assert watchdog.is_stalled()
+
+
+def test_a_step_may_take_ten_times_its_estimate() -> None:
+    watchdog, clock = watched()
+    watchdog.heard(State("ready", running=1, steps=5))
+    hear_for(watchdog, clock, 25, State("ready", running=1, steps=5, step_estimate=3.0))
+    assert not watchdog.is_stalled()
+    hear_for(watchdog, clock, 10, State("ready", running=1, steps=5, step_estimate=3.0))
+    assert watchdog.is_stalled()
+
+
+def test_work_without_steps_is_stalled_and_a_step_heals_it() -> None:
+    watchdog, clock = watched()
+    hear_for(watchdog, clock, 12, State("ready", waiting=1, steps=5))
+    assert watchdog.is_stalled()
+    watchdog.heard(Outputs(6, 1, 0.1, []))
+    assert not watchdog.is_stalled()
