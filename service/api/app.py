@@ -38,7 +38,6 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         redirect_slashes=False,
-        root_path=settings.root_path,
     )
     metrics = Metrics(registry)
     Server(settings, registry, metrics, app.state)

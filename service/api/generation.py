@@ -18,7 +18,7 @@ from model.detokenizer import Detokenizer
 from service.api.schemas.answers import Usage, usage
 from service.api.text import ChoiceText, Event, StopStrings, TokenNews
 from service.engine.messages import Output, SamplingSettings
-from service.errors import EngineFailure, PronkError
+from service.errors import EngineFailure
 from service.metrics import ChoiceTimes, EngineMetrics, Metrics
 from service.registry import Engine, Generation, ServedModel
 
@@ -79,7 +79,7 @@ async def generate(job: Job, metrics: Metrics) -> AsyncIterator[Answer]:
         answer = Answer(job, generations, metrics.of(job.model, job.engine))
         try:
             yield answer
-        except PronkError:
+        except Exception:
             answer.close("error")
             raise
         finally:

@@ -100,6 +100,7 @@ class AnswerResponse(Response):
             except Exception as error:
                 if not wire.has_started:
                     raise
+                answer.close("error")
                 await wire.write(self._failure(error))
             finally:
                 pings.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,9 +32,9 @@ def make_app(engine: FakeEngine) -> Callable[..., FastAPI]:
 
 
 @asynccontextmanager
-async def talking_to(app: FastAPI, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://pronk", **options) as client:
+async def talking_to(app: FastAPI, root_path: str = "") -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://pronk") as client:
         yield client
 
 
@@ -41,6 +42,55 @@ async def talking_to(app: FastAPI, **options: Any) -> AsyncIterator[httpx.AsyncC
 async def client(make_app: Callable[..., FastAPI]) -> AsyncIterator[httpx.AsyncClient]:
     async with talking_to(make_app()) as client:
         yield client
+
+
+class Reader:
+    """An ASGI client that takes a part of the answer only when it may, and hangs up when told."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.messages: list[Any] = []
+        self.may_read = asyncio.Event()
+        self.gone = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+
+    async def receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await self.may_read.wait()
+        self.messages.append(message)
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.messages).decode()
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"x")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds; five seconds at most."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 (what is waited for has no event of its own)
+            await asyncio.sleep(0.005)
 
 
 def chunks_of(body: str) -> list[dict[str, Any]]:

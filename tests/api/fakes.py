@@ -1,4 +1,4 @@
-"""Small real things for the API's tests: a byte tokenizer, an engine that says what it is told to."""
+"""Small real things for these tests: a byte tokenizer, an engine that says what it is told to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SPECIAL = {"<s>": BOS, "</s>": EOS, "<|user|>": USER, "<|assistant|>": ASSISTANT
 WORDS = {260: "ab", 261: "STO", 262: " the", 263: "é!"}
 VOCABULARY = 264
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|user|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|user|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
