@@ -14,7 +14,6 @@ careful one counts, else the template has looked, and the plain one counts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from jinja2 import nodes
 
 from model.template_budget import Budget
 from model.template_filters import MARK
+from model.template_marks import Marked, Marker
 from model.template_sandbox import ChatEnvironment, TemplateRefused, render
 from model.tokenizer import Segment, Tokenizer
-from model.tokenizer.special import AddedToken, private_characters
+from model.tokenizer.special import private_characters
 
 _MAX_DEPTH = 100  # of nested JSON in a conversation
 Messages = Sequence[Mapping[str, Any]]
@@ -47,7 +47,7 @@ class ChatTemplate:
         self._reads_parts = any(_reads_parts(environment, text) for text in sources.values())
         self._tokenizer = tokenizer
         self._avoid = "".join(sources.values())
-        self._plain, self._careful = _Marker(tokenizer, eager=False), _Marker(tokenizer, eager=True)
+        self._plain, self._careful = Marker(tokenizer, eager=False), Marker(tokenizer, eager=True)
 
     def encode(
         self,
@@ -116,7 +116,7 @@ class ChatTemplate:
         texts = [str(part.get("text", "")) for part in content if isinstance(part, Mapping)]
         return {**message, "content": "\n".join(texts)}
 
-    def _rendered(self, template: jinja2.Template, conversation: _Conversation) -> _Marked:
+    def _rendered(self, template: jinja2.Template, conversation: _Conversation) -> Marked:
         mark, end = list(private_characters(2, self._avoid + conversation.all_text()))
         budget = Budget(conversation.num_characters)
         plain = conversation.render(template, self._plain, mark, end, budget)
@@ -128,64 +128,13 @@ class ChatTemplate:
             return plain
         return careful if careful.text() == plain.text() else plain
 
-    def _segments(self, rendered: _Marked) -> list[Segment]:
+    def _segments(self, rendered: Marked) -> list[Segment]:
         runs = self._tokenizer.spellings.split(rendered.marked)
         segments = (
             Segment(run.replace(rendered.mark, ""), False) if token is None else Segment(run, True)
             for run, token in runs
         )
         return [segment for segment in segments if segment.text]
-
-
-class _Marked:
-    """A rendered text with the marks still in it."""
-
-    def __init__(self, marked: str, mark: str) -> None:
-        self.marked, self.mark = marked, mark
-
-    def text(self) -> str:
-        return self.marked.replace(self.mark, "")
-
-
-class _Marker:
-    """Puts a mark behind the first character of special spellings, or of what could become one."""
-
-    def __init__(self, tokenizer: Tokenizer, *, eager: bool) -> None:
-        tokens = list(tokenizer.spellings.tokens.values())
-        self._all = _starts(tokens, eager)
-        self._special = _starts([token for token in tokens if token.special], eager)
-        self._eager = eager
-        self._prefixes = {token.text[:n] for token in tokens for n in range(1, len(token.text))}
-        self._longest = max(map(len, self._prefixes), default=0)
-
-    def mark(self, text: str, mark: str, by_assistant: bool) -> str:
-        """``by_assistant``: markup that is not special is left readable, unless eager."""
-        pattern = self._special if by_assistant and not self._eager else self._all
-        text = pattern.sub(lambda found: found[0] + mark, text)
-        return text if self._eager else self._mark_end(text, mark)
-
-    def would_mark(self, text: str) -> bool:
-        return self._all.search(text) is not None
-
-    def _mark_end(self, text: str, mark: str) -> str:
-        """Half a spelling at the end: the next thing a template writes could complete it."""
-        end = len(text.rstrip())
-        for size in range(min(self._longest, end), 0, -1):
-            if text[end - size : end] in self._prefixes:
-                return text[: end - size + 1] + mark + text[end - size + 1 :]
-        return text
-
-
-def _starts(tokens: Iterable[AddedToken], eager: bool) -> re.Pattern[str]:
-    """Finds first characters: any that is punctuation when eager, else those of whole spellings."""
-    alternatives = {_start(token.text, eager) for token in tokens}
-    return re.compile("|".join(sorted(alternatives)) or "(?!)")
-
-
-def _start(text: str, eager: bool) -> str:
-    if eager and not (text[0].isalnum() or text[0].isspace()):
-        return re.escape(text[0])
-    return f"{re.escape(text[0])}(?={re.escape(text[1:])})"
 
 
 class _Conversation:
@@ -203,12 +152,12 @@ class _Conversation:
     def all_text(self) -> str:
         return "".join(self._texts)
 
-    def would_mark(self, marker: _Marker) -> bool:
+    def would_mark(self, marker: Marker) -> bool:
         return any(map(marker.would_mark, self._texts))
 
     def render(
-        self, template: jinja2.Template, marker: _Marker, mark: str, end: str, budget: Budget
-    ) -> _Marked:
+        self, template: jinja2.Template, marker: Marker, mark: str, end: str, budget: Budget
+    ) -> Marked:
         by_client = _mapped(lambda text: marker.mark(text, mark, False))
         by_assistant = _mapped(lambda text: marker.mark(text, mark, True))
         messages = [
@@ -226,7 +175,7 @@ class _Conversation:
             MARK: mark,
         }
         text = _run(template, variables, budget)
-        return _Marked(_cut(text, end) if self._continues else text, mark)
+        return Marked(_cut(text, end) if self._continues else text, mark)
 
 
 def _run(template: jinja2.Template, variables: Mapping[str, Any], budget: Budget) -> str:

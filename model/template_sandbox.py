@@ -49,8 +49,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
             optimized=False,  # folding constants would run filters outside any budget
         )
-        self.filters = filters.metered_filters()  # type: ignore[assignment]
-        self.tests = filters.metered_tests()
+        self.filters = filters.metered_filters()
+        self.tests = filters.metered_tests()  # type: ignore[assignment]
         del self.globals["lipsum"]
         self.globals.update(dict=_make_dict, namespace=Namespace, raise_exception=_raise_exception)
 
