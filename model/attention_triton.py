@@ -1,0 +1,346 @@
+"""Paged attention as Triton kernels: split-KV decode, and prefill of chunks with their history.
+
+Imported only where Triton is (``model.attention_cuda`` asks). Both kernels fold the query heads
+that share a key head into the rows of one matrix product: each page is read once a key head.
+
+Decode follows flash-decoding: a long context is cut in splits that run side by side, each leaving a
+normalised output and the log of its weight's sum, merged by a second kernel. A split's length
+depends on the width of the block tables alone, never on the batch: no neighbour changes the order
+in which a row is summed. Grids depend on shapes alone and nothing synchronises, so that a CUDA
+graph can hold a launch and serve any contexts. Rows of context 0 (padding) come out as zeros.
+"""
+
+# T tokens, S sequences, H query heads, K key heads, G = H / K, D head size, P tokens a page
+# The kernels' sums are kept in base 2: exp2 is what the hardware has.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+_MIN_SPLIT, _MAX_SPLITS = 512, 64
+_MIN_DOT = 16  # rows and columns of the smallest matrix product the hardware has
+# Said aloud, because Triton is about to change the default and warns until it has.
+_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
+
+
+def decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """One query a sequence: q and out [S, H, D], pages [N, K, P, D], tables [S, B], contexts [S].
+
+    ``out`` must be contiguous; elsewhere only a head's entries must lie side by side.
+    """
+    assert out.is_contiguous()
+    assert q.stride(-1) == k_pages.stride(-1) == v_pages.stride(-1) == 1
+    num_rows, num_heads, head_size = q.shape
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    split = split_length(block_tables.size(1) * page_size)
+    num_splits = triton.cdiv(block_tables.size(1) * page_size, split)
+    group = num_heads // num_kv_heads
+    head_pad = triton.next_power_of_2(head_size)
+    partial = q.new_empty((num_rows, num_heads, num_splits, head_size), dtype=torch.float32)
+    weights = q.new_empty((num_rows, num_heads, num_splits), dtype=torch.float32)
+    _decode_split[(num_rows, num_kv_heads, num_splits)](
+        *(q, k_pages, v_pages, partial, weights, block_tables, contexts),
+        scale * _LOG2_E,
+        *(q.stride(0), q.stride(1), block_tables.stride(0)),
+        *(*k_pages.stride()[:3], *v_pages.stride()[:3]),
+        *(num_heads, num_splits),
+        WINDOW=window or 0,
+        GROUP=group,
+        GROUP_PAD=max(_MIN_DOT, triton.next_power_of_2(group)),
+        HEAD=head_size,
+        HEAD_PAD=max(_MIN_DOT, head_pad),
+        PAGE=page_size,
+        SPLIT=split,
+        KEYS=_keys_at_once(head_pad),
+        num_warps=4 if head_pad <= 128 else 8,
+        **_OPTIONS,
+    )
+    _merge_splits[(num_rows, num_heads)](
+        *(partial, weights, out, contexts, num_heads, num_splits),
+        HEAD=head_size,
+        HEAD_PAD=head_pad,
+        SPLIT=split,
+        SPLITS=min(16, triton.next_power_of_2(num_splits)),
+        num_warps=4,
+        **_OPTIONS,
+    )
+
+
+def prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    query_starts: Tensor,
+    max_queries: int,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """Causal, several queries a sequence: its last ones, the rest of the context being history.
+
+    ``query_starts`` [S + 1] are places in ``q`` and ``out`` [T, H, D]; ``max_queries`` bounds a
+    sequence's queries. Only the rows between the starts are written.
+    """
+    assert q.stride(-1) == out.stride(-1) == k_pages.stride(-1) == v_pages.stride(-1) == 1
+    num_rows = contexts.size(0)
+    num_heads, head_size = q.shape[1:]
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    group = num_heads // num_kv_heads
+    group_pad = triton.next_power_of_2(group)
+    pairs = 64 if q.element_size() <= 2 else 32  # float32 must fit small shared memories too
+    queries = max(1, pairs // group_pad)
+    head_pad = triton.next_power_of_2(head_size)
+    _prefill_chunk[(triton.cdiv(max_queries, queries), num_rows, num_kv_heads)](
+        *(q, k_pages, v_pages, out, block_tables, contexts, query_starts),
+        scale * _LOG2_E,
+        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_tables.stride(0)),
+        *(*k_pages.stride()[:3], *v_pages.stride()[:3]),
+        WINDOW=window or 0,
+        GROUP=group,
+        GROUP_PAD=group_pad,
+        QUERIES=queries,
+        HEAD=head_size,
+        HEAD_PAD=max(_MIN_DOT, head_pad),
+        PAGE=page_size,
+        KEYS=_keys_at_once(head_pad),
+        num_warps=4 if head_pad <= 128 else 8,
+        **_OPTIONS,
+    )
+
+
+def split_length(max_context: int) -> int:
+    """Keys a split: short enough to fill the device, and never more than 64 splits."""
+    return max(_MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_context, _MAX_SPLITS))))
+
+
+def _keys_at_once(head_pad: int) -> int:
+    return 64 if head_pad <= 128 else 32
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_split(  # type: ignore[no-untyped-def]
+    q,  # [S, H, D]
+    k_pages,  # [N, K, P, D]
+    v_pages,
+    partial,  # [S, H, splits, D] float32
+    weights,  # [S, H, splits] float32: log2 of the sum of weights
+    tables,  # [S, B] int32
+    contexts,  # [S] int32
+    scale,
+    q_row_stride,
+    q_head_stride,
+    table_stride,
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    num_heads,
+    num_splits,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    context = tl.load(contexts + row)
+    oldest = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+    end = tl.minimum((split + 1) * SPLIT, context)
+    start = tl.maximum(split * SPLIT, oldest // KEYS * KEYS)
+
+    members = tl.arange(0, GROUP_PAD)
+    heads = kv_head * GROUP + members
+    places = tl.arange(0, HEAD_PAD)
+    is_place = places < HEAD
+    is_query = (members < GROUP)[:, None] & is_place[None, :]
+    q_offsets = row.to(tl.int64) * q_row_stride + heads[:, None] * q_head_stride + places[None, :]
+    query = tl.load(q + q_offsets, mask=is_query, other=0.0)
+
+    highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    mixed = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    for first in range(start, end, KEYS):
+        positions = first + tl.arange(0, KEYS)
+        is_key = (positions < end) & (positions >= oldest)
+        if PAGE % KEYS == 0:  # all of them in one page
+            page = tl.load(tables + row * table_stride + first // PAGE).to(tl.int64)
+        else:
+            pages = tables + row * table_stride + positions // PAGE
+            page = tl.load(pages, mask=positions < end, other=0).to(tl.int64)
+        inside = positions % PAGE
+        is_entry = (positions < end)[:, None] & is_place[None, :]
+        k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
+        keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        shares = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(highest - shift)
+        v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
+        values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        mixed = mixed * fade[:, None]
+        mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+        total = total * fade + tl.sum(shares, 1)
+        highest = peak
+
+    divisor = tl.where(total > 0, total, 1.0)
+    weight = tl.where(total > 0, highest + tl.log2(divisor), float("-inf"))
+    slots = (row * num_heads + heads).to(tl.int64) * num_splits + split
+    tl.store(weights + slots, weight, mask=members < GROUP)
+    offsets = slots[:, None] * HEAD + places[None, :]
+    tl.store(partial + offsets, mixed / divisor[:, None], mask=is_query)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge_splits(  # type: ignore[no-untyped-def]
+    partial,  # [S, H, splits, D] float32
+    weights,  # [S, H, splits] float32, base 2
+    out,  # [S, H, D], contiguous
+    contexts,
+    num_heads,
+    num_splits,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,  # looked at together
+):
+    row = tl.program_id(0)
+    slot = (row * num_heads + tl.program_id(1)).to(tl.int64)
+    used = tl.cdiv(tl.load(contexts + row), SPLIT)
+    places = tl.arange(0, HEAD_PAD)
+    is_place = places < HEAD
+
+    highest = float("-inf")
+    total = 0.0
+    mixed = tl.zeros([HEAD_PAD], tl.float32)
+    for first in range(0, used, SPLITS):
+        splits = first + tl.arange(0, SPLITS)
+        is_split = splits < used
+        weight = tl.load(weights + slot * num_splits + splits, is_split, float("-inf"))
+        peak = tl.maximum(highest, tl.max(weight, 0))
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        shares = tl.exp2(weight - shift)
+        fade = tl.exp2(highest - shift)
+        offsets = (slot * num_splits + splits)[:, None] * HEAD + places[None, :]
+        parts = tl.load(partial + offsets, is_split[:, None] & is_place[None, :], 0.0)
+        mixed = mixed * fade + tl.sum(parts * shares[:, None], 0)
+        total = total * fade + tl.sum(shares, 0)
+        highest = peak
+    merged = mixed / tl.where(total > 0, total, 1.0)
+    tl.store(out + slot * HEAD + places, merged.to(out.dtype.element_ty), mask=is_place)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _prefill_chunk(  # type: ignore[no-untyped-def]
+    q,  # [T, H, D]
+    k_pages,  # [N, K, P, D]
+    v_pages,
+    out,  # [T, H, D]
+    tables,  # [S, B] int32
+    contexts,  # [S] int32
+    query_starts,  # [S + 1] int32
+    scale,
+    q_token_stride,
+    q_head_stride,
+    out_token_stride,
+    out_head_stride,
+    table_stride,
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    row = tl.program_id(1)
+    kv_head = tl.program_id(2)
+    first_token = tl.load(query_starts + row)
+    num_queries = tl.load(query_starts + row + 1) - first_token
+    first_query = tl.program_id(0) * QUERIES
+    if first_query >= num_queries:
+        return
+    context = tl.load(contexts + row)
+    history = context - num_queries
+
+    # One matrix row a pair of query and head of the group.
+    pairs = tl.arange(0, QUERIES * GROUP_PAD)
+    queries = first_query + pairs // GROUP_PAD
+    members = pairs % GROUP_PAD
+    heads = kv_head * GROUP + members
+    is_pair = (queries < num_queries) & (members < GROUP)
+    positions = history + queries
+    places = tl.arange(0, HEAD_PAD)
+    is_place = places < HEAD
+    tokens = (first_token + queries).to(tl.int64)
+    q_offsets = (tokens * q_token_stride + heads * q_head_stride)[:, None] + places[None, :]
+    query = tl.load(q + q_offsets, mask=is_pair[:, None] & is_place[None, :], other=0.0)
+
+    end = tl.minimum(history + first_query + QUERIES, context)
+    oldest = tl.maximum(history + first_query - WINDOW + 1, 0) if WINDOW > 0 else 0
+    highest = tl.full([QUERIES * GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES * GROUP_PAD], tl.float32)
+    mixed = tl.zeros([QUERIES * GROUP_PAD, HEAD_PAD], tl.float32)
+    for first in range(oldest // KEYS * KEYS, end, KEYS):
+        keyed = first + tl.arange(0, KEYS)
+        if PAGE % KEYS == 0:  # all of them in one page
+            page = tl.load(tables + row * table_stride + first // PAGE).to(tl.int64)
+        else:
+            pages = tables + row * table_stride + keyed // PAGE
+            page = tl.load(pages, mask=keyed < end, other=0).to(tl.int64)
+        inside = keyed % PAGE
+        is_entry = (keyed < end)[:, None] & is_place[None, :]
+        k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
+        keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        is_seen = keyed[None, :] <= positions[:, None]
+        if WINDOW > 0:
+            is_seen &= keyed[None, :] > positions[:, None] - WINDOW
+        scores = tl.where(is_seen, scores, float("-inf"))
+
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        shares = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(highest - shift)
+        v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
+        values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        mixed = mixed * fade[:, None]
+        mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+        total = total * fade + tl.sum(shares, 1)
+        highest = peak
+
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    out_offsets = (tokens * out_token_stride + heads * out_head_stride)[:, None] + places[None, :]
+    is_written = is_pair[:, None] & is_place[None, :]
+    tl.store(out + out_offsets, mixed.to(out.dtype.element_ty), mask=is_written)
