@@ -1,7 +1,7 @@
 """Decides, in integers, which sequences advance by how many tokens, and keeps their books.
 
     scheduler = Scheduler(pool, max_num_seqs=..., max_num_batched_tokens=..., max_model_len=...)
-    scheduler.add(submit, client)            raises InvalidRequest (too long: its subclass), Overloaded
+    scheduler.add(submit, client)            raises InvalidRequest or a subclass, Overloaded
     scheduler.cancel(id, choice, client)     from any state, idempotent; nothing is sent for it
     scheduler.cancel_client(client)          a connection is lost
     scheduler.expire() -> Deliveries         partial answers of what is out of time

@@ -1,0 +1,126 @@
+"""A runner without tensors that remembers what lies in every page, and reads it as attention would.
+
+Where a real cache holds keys and values it holds a digest of the namespace and of all tokens up to
+that position: what a key of that position depends on. Its model draws a token from the digest of
+everything before, so a wrong page, a missed copy or an early eviction changes the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from service.engine.blocks import BlockPool
+from service.engine.messages import SamplingSettings, Submit, TokenLogprob
+from service.engine.sequence import Sequence
+from service.engine.step import Draw, Row, RowResult, Step, StepResult
+
+VOCABULARY = 50
+END = 3
+
+
+def digests(namespace: bytes, tokens: list[int]) -> list[int]:
+    """One for every position: what its keys and values depend on."""
+    found, last = [], hash(namespace)
+    for token in tokens:
+        last = hash((last, token))
+        found.append(last)
+    return found
+
+
+def draw_token(settings: SamplingSettings, digest: int, num_output: int, position: int) -> int:
+    token = hash((digest, settings.seed, settings.choice, position)) % VOCABULARY
+    ends = {*settings.eos_token_ids, *settings.stop_token_ids}
+    while token in ends and num_output < settings.min_tokens:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+def expected_text(submit: Submit, choice: int, max_model_len: int) -> list[int]:
+    """What one choice must say, however it was scheduled."""
+    settings, tokens, output = submit.settings[choice], list(submit.prompt), []
+    while len(output) < settings.max_tokens and len(tokens) < max_model_len:
+        digest = digests(submit.namespace, tokens)[-1]
+        token = draw_token(settings, digest, len(output), len(tokens))
+        tokens.append(token)
+        output.append(token)
+        if token in settings.eos_token_ids or token in settings.stop_token_ids:
+            break
+    return output
+
+
+def expected_prompt_logprobs(submit: Submit) -> list[TokenLogprob | None]:
+    known = digests(submit.namespace, submit.prompt)
+    logprobs = (_logprob(known[i], submit.prompt[i + 1]) for i in range(len(known) - 1))
+    return [None, *logprobs]
+
+
+def _logprob(digest: int, target: int) -> TokenLogprob:
+    return TokenLogprob(-(digest % 1000) / 7, 1, [target], [])
+
+
+class RecordingRunner:
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.memory: dict[int, list[int | None]] = {
+            block: [None] * pool.block_size for block in range(pool.num_blocks)
+        }
+        self._digests: dict[Sequence, list[int]] = {}
+
+    def run(self, step: Step) -> StepResult:
+        """Copies, then writes of all rows, then reads: as a layer does it."""
+        self._copy(step)
+        self._write(step)
+        return StepResult([self._row(row) for row in step.rows])
+
+    def _copy(self, step: Step) -> None:
+        """In list order, which must come to the same as reading every source first."""
+        before = {source: self.memory[source].copy() for source, _, _ in step.copies}
+        assert len({target for _, target, _ in step.copies}) == len(step.copies)
+        for source, target, tokens in step.copies:
+            assert 0 not in (source, target)
+            assert source != target
+            assert 0 < tokens <= self.pool.block_size
+            assert self.memory[source][:tokens] == before[source][:tokens], "overwritten before"
+            self.memory[target][:tokens] = self.memory[source][:tokens]
+
+    def _write(self, step: Step) -> None:
+        places: Counter[tuple[int, int]] = Counter()
+        for row in step.rows:
+            table, known = row.sequence.block_table, self._known(row.sequence)
+            assert row.start == row.sequence.num_computed
+            for position in range(row.start, row.end):
+                page, offset = divmod(position, self.pool.block_size)
+                block = table[page]
+                assert block != 0
+                assert self.pool.holders(block) == 1, "written while shared"
+                self.memory[block][offset] = known[position]
+                places[block, offset] += 1
+        assert all(times == 1 for times in places.values()), "two rows write one slot"
+
+    def _row(self, row: Row) -> RowResult:
+        sequence, known = row.sequence, self._known(row.sequence)
+        for position in range(row.end):
+            page, offset = divmod(position, self.pool.block_size)
+            found = self.memory[sequence.block_table[page]][offset]
+            assert found == known[position], f"position {position} reads another's key"
+        assert row.num_logits >= row.num_targets + row.samples
+        first = row.end - row.num_logits
+        return RowResult(
+            [self._draw(row, choice.settings) for choice in row.choices],
+            [_logprob(known[first + i], target) for i, target in enumerate(row.targets)],
+        )
+
+    def _draw(self, row: Row, settings: SamplingSettings) -> Draw:
+        sequence = row.sequence
+        assert row.end == len(sequence.tokens)
+        last = self._known(sequence)[-1]
+        token = draw_token(settings, last, sequence.num_output, len(sequence.tokens))
+        return Draw(token, TokenLogprob(-1.0, 1, [], []) if settings.logprobs is not None else None)
+
+    def _known(self, sequence: Sequence) -> list[int]:
+        """Remembered from step to step: tokens are only ever added."""
+        known = self._digests.get(sequence, [])
+        if len(known) != len(sequence.tokens):
+            known = digests(sequence.request.submit.namespace, sequence.tokens)
+            self._digests[sequence] = known
+        return known

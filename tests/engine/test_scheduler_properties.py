@@ -1,0 +1,161 @@
+"""Random storms of submits, cancels, deadlines and failures over pools of a few pages.
+
+The runner remembers what every page holds (recording_runner.py), so each step proves that every
+position reads its own prefix: copy-on-write, eviction, preemption and sharing cannot go wrong
+unseen.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from service.engine.blocks import BlockPool
+from service.engine.messages import SamplingSettings, Submit
+from tests.engine.recording_runner import END, VOCABULARY
+from tests.engine.storm import Storm
+
+PAGE, GRAIN = 8, 4
+
+# Few stems, so that requests share prefixes of every length, in the middle of grains and pages.
+STEMS = [[5] * 60, list(range(4, 40)) * 2, [7, 8] * 30]
+prompts = st.builds(
+    lambda stem, kept, tail: (stem[:kept] + tail) or [1],
+    st.sampled_from(STEMS),
+    st.integers(0, 45),
+    st.lists(st.integers(0, VOCABULARY - 1), max_size=3),
+)
+samplings = st.builds(
+    SamplingSettings,
+    max_tokens=st.integers(0, 20),
+    min_tokens=st.integers(0, 4),
+    seed=st.integers(0, 2),
+    eos_token_ids=st.sampled_from([(), (END,)]),
+    stop_token_ids=st.sampled_from([(), (4, 5)]),
+    logprobs=st.sampled_from([None, 0]),
+)
+
+
+class StormMachine(RuleBasedStateMachine):
+    """Found failures shrink to the few moves that matter."""
+
+    @initialize(
+        num_blocks=st.integers(3, 24),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 40),
+        caching=st.booleans(),
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+        pool = BlockPool(num_blocks, PAGE, GRAIN, enable_prefix_caching=caching)
+        self.storm = Storm(pool, max_num_seqs, budget)
+        self.numbers = 0
+
+    @rule(
+        client=st.integers(0, 1),
+        prompt=prompts,
+        settings=st.lists(samplings, min_size=1, max_size=4),
+        priority=st.integers(-1, 1),
+        namespace=st.sampled_from([b"", b"mine"]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        deadline=st.sampled_from([None, None, None, 3.0, 30.0]),
+        max_queue=st.sampled_from([None, None, None, 2.0]),
+    )
+    def submit(self, client: int, **fields: object) -> None:
+        self.numbers += 1
+        self.storm.submit(Submit(self.numbers, **fields), client)  # type: ignore[arg-type]
+
+    @precondition(lambda self: self.storm.answers)
+    @rule(data=st.data(), choice=st.sampled_from([None, 0, 1, 2, 3]))
+    def cancel(self, data: st.DataObject, choice: int | None) -> None:
+        client, number = data.draw(st.sampled_from(sorted(self.storm.answers)))
+        self.storm.cancel(client, number, choice)
+
+    @rule(client=st.integers(0, 1))
+    def lose_connection(self, client: int) -> None:
+        self.storm.lose_connection(client)
+
+    @rule()
+    def launch(self) -> None:
+        self.storm.launch()
+
+    @rule(failing=st.sampled_from([None, None, None, 0, 1, 5]))
+    def collect(self, failing: int | None) -> None:
+        self.storm.collect(failing)
+
+    @rule(times=st.integers(1, 30))
+    def run_steps(self, times: int) -> None:
+        self.storm.run(times)
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 10.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.storm.let_time_pass(seconds)
+
+    @invariant()
+    def books_are_right(self) -> None:
+        if hasattr(self, "storm"):
+            self.storm.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "storm"):
+            self.storm.end()
+
+
+StormMachine.TestCase.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+test_any_order_of_events_keeps_the_books_and_the_texts = StormMachine.TestCase
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> None:
+    dice = random.Random(seed)
+    pool = BlockPool(dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0)
+    storm = Storm(pool, dice.randint(1, 8), dice.randint(1, 60), 60, 2000)
+    for number in range(60):
+        while dice.random() < 0.5:
+            storm.submit(
+                random_submit(dice, len(storm.answers) + 1000 * number), dice.randint(0, 1)
+            )
+        storm.run(dice.randint(1, 12))
+        if storm.answers and dice.random() < 0.3:
+            client, cancelled = dice.choice(list(storm.answers))
+            storm.cancel(client, cancelled, dice.choice([None, 0, 1]))
+        if dice.random() < 0.1:
+            storm.collect(dice.randint(0, 5))
+        if dice.random() < 0.1:
+            storm.let_time_pass(dice.choice([0.5, 3.0]))
+        storm.check()
+    storm.end()
+
+
+def random_submit(dice: random.Random, number: int) -> Submit:
+    kept = dice.randint(0, 50)
+    tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(0, 4))]
+    choice = SamplingSettings(
+        max_tokens=dice.randint(1, 25),
+        min_tokens=dice.choice([0, 0, 3]),
+        seed=dice.randint(0, 1),
+        eos_token_ids=dice.choice([(), (END,)]),
+    )
+    return Submit(
+        number,
+        (dice.choice(STEMS)[:kept] + tail) or [1],
+        [choice] * dice.choice([1, 1, 1, 2, 5]),
+        namespace=dice.choice([b"", b"", b"mine"]),
+        priority=dice.choice([0, 0, 0, -1, 2]),
+        prompt_logprobs=dice.choice([None] * 6 + [0]),
+        deadline=dice.choice([None] * 6 + [2.0]),
+    )
