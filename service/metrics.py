@@ -7,7 +7,7 @@ state when they are scraped, so they are never stale and always return to 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -69,6 +69,7 @@ class Twice(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
+        """vLLM's own family first, then its twin."""
         for family in self.inner.collect():
             yield family
             own = Metric(family.name.replace(VLLM, OWN, 1), family.documentation, family.type)
@@ -104,6 +105,41 @@ class EngineStates(Collector):
             yield family
         yield _cache_config(rows)
         yield _lora_info(rows)
+
+
+class OwnStates(Collector):
+    """What vLLM has no name for."""
+
+    def __init__(
+        self, models: ModelRegistry, metrics: Mapping[tuple[str, int], EngineMetrics]
+    ) -> None:
+        self.models = models
+        self.metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        restarts = CounterMetricFamily(
+            OWN + "engine_restarts", "Engine processes started anew", labels=LABELS
+        )
+        ready = GaugeMetricFamily(OWN + "engine_ready", "1 while it takes work", labels=LABELS)
+        waiting = GaugeMetricFamily(
+            OWN + "waiting_prompt_tokens", "Prompt tokens in the queue", labels=LABELS
+        )
+        discarded = CounterMetricFamily(
+            OWN + "discarded_tokens", "Tokens drawn that no client was told", labels=LABELS
+        )
+        for model in self.models.models:
+            for number, engine in enumerate(model.engines):
+                labels = [model.name, str(number)]
+                dropped = self.metrics[model.name, number].num_dropped + engine.num_discarded
+                in_engine = engine.state.counters.get("discarded_tokens", 0)
+                discarded.add_metric(labels, dropped + in_engine)
+                restarts.add_metric(labels, engine.num_restarts)
+                ready.add_metric(labels, engine.is_ready)
+                waiting.add_metric(labels, engine.state.waiting_tokens)
+        yield from (restarts, ready, waiting, discarded)
 
 
 Rows = list[tuple[list[str], State]]
@@ -163,6 +199,7 @@ class Metrics:
                 metrics = EngineMetrics(self._families, model.name, number)
                 engine.observers.append(metrics.observe)
                 self._engines[model.name, number] = metrics
+        self.registry.register(OwnStates(models, self._engines))
 
     def of(self, model: ServedModel, engine: Engine) -> EngineMetrics:
         return self._engines[model.name, list(model.engines).index(engine)]
@@ -253,6 +290,7 @@ class EngineMetrics:
         labels = (model, str(number))
         self.prompt_tokens = families.prompt_tokens.labels(*labels)
         self.generation_tokens = families.generation_tokens.labels(*labels)
+        self.num_dropped = 0  # tokens that came with the one that completed a stop string
         self.success = {
             reason: families.success.labels(*labels, reason) for reason in FINISH_REASONS
         }

@@ -51,6 +51,12 @@ class Engine(Protocol):
     observers: list[Callable[[Outputs | State], None]]
 
     @property
+    def num_restarts(self) -> int: ...
+    @property
+    def num_discarded(self) -> int:
+        """Tokens that reached this process and nobody read."""
+
+    @property
     def state(self) -> State: ...
     @property
     def is_ready(self) -> bool: ...

@@ -12,8 +12,6 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from model.detokenizer import Detokenizer
 from service.api.schemas.answers import Usage, usage
 from service.api.text import ChoiceText, Event, StopStrings, TokenNews
@@ -91,7 +89,7 @@ async def _admit(job: Job, stack: AsyncExitStack) -> list[Generation]:
         stack.enter_async_context(
             job.engine.submit(
                 prompt.ids,
-                [_at_least_one(settings) for settings in prompt.settings],
+                prompt.settings,
                 namespace=job.namespace,
                 account=job.account,
                 priority=job.priority,
@@ -110,11 +108,6 @@ async def _admit(job: Job, stack: AsyncExitStack) -> list[Generation]:
         if isinstance(refusal, BaseException):
             raise refusal
     return [generation for generation in admitted if not isinstance(generation, BaseException)]
-
-
-def _at_least_one(settings: SamplingSettings) -> SamplingSettings:
-    """``max_tokens`` 0 (score or echo only) is asked of the engine as one token, and dropped."""
-    return settings if settings.max_tokens else replace(settings, max_tokens=1)
 
 
 class Answer:
@@ -212,13 +205,14 @@ class _PromptText:
         if output.prompt_logprobs is not None and self._job.text.echo_logprobs:
             self._logprobs = self._prompt_news(output)
         event = self._push(choice, output)
+        self._metrics.num_dropped += len(output.tokens) - event.num_tokens
         if event.finish_reason is not None:
             times.close(event.finish_reason)
         return event
 
     def _push(self, choice: ChoiceText, output: Output) -> Event:
         is_first = not choice.has_started
-        event = choice.push(self._without_tokens(output, choice))
+        event = choice.push(output)
         event.prompt_logprobs = output.prompt_logprobs
         if is_first:
             event.is_first = True
@@ -229,12 +223,6 @@ class _PromptText:
             self._has_started = True
             self._metrics.prompt_tokens.inc(len(self._prompt.ids))
         return event
-
-    def _without_tokens(self, output: Output, choice: ChoiceText) -> Output:
-        """Where no token was asked for, the one that the engine drew is not part of the answer."""
-        if choice.max_tokens:
-            return output
-        return replace(output, tokens=[], logprobs=None, finish_reason="length", stop_reason=None)
 
     def _prompt_news(self, output: Output) -> list[TokenNews]:
         assert output.prompt_logprobs is not None

@@ -150,10 +150,6 @@ class ChoiceText:
         self._include_stop = include_stop
         self._offset = offset  # characters of text before the next token's
 
-    @property
-    def max_tokens(self) -> int:
-        return self._settings.max_tokens
-
     def push(self, output: Output) -> Event:
         """The event of this output; tokens past a stop string are dropped."""
         assert not self.is_finished, "a finished choice gains nothing"

@@ -88,6 +88,8 @@ class FakeEngine:
     observers: list[Callable[[Outputs | State], None]] = field(default_factory=list)
     submitted: list[dict[str, object]] = field(default_factory=list)
     stopped: list[tuple[int, int]] = field(default_factory=list)
+    num_restarts: int = 0
+    num_discarded: int = 0
     live: int = 0  # generations somebody holds
 
     @property
@@ -183,7 +185,7 @@ class FakeGeneration:
     ) -> Iterator[tuple[list[int], str | None, int | str | None]]:
         drawn, reason, stop = draw(self.engine.script(self.prompt, one), one)
         size = self.engine.group
-        for start in range(0, len(drawn), size):
+        for start in range(0, max(1, len(drawn)), size):
             is_last = start + size >= len(drawn)
             yield (
                 drawn[start : start + size],
@@ -196,6 +198,8 @@ def draw(script: Sequence[int], one: SamplingSettings) -> tuple[list[int], str, 
     """The script until an end id, a stop id or the budget; it is repeated where it is too short."""
     drawn: list[int] = []
     position = 0
+    if one.max_tokens == 0:
+        return drawn, "length", None
     while True:
         token = script[position % len(script)]
         position += 1

@@ -64,6 +64,13 @@ async def test_text_parts_are_one_content(client: httpx.AsyncClient, engine: Fak
     assert bytes(engine.submitted[0]["prompt"][2:-1]) == b"user: a\nb\n"
 
 
+async def test_developers_speak_as_the_system(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await ask(client, messages=[{"role": "developer", "content": "x"}])
+    assert bytes(engine.submitted[0]["prompt"][2:-1]) == b"system: x\n"
+
+
 async def test_the_budget_is_the_rest_of_the_context(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:

@@ -13,6 +13,9 @@ from service.api.schemas.sampling import Fields, Logprobs, SamplingFields
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
+TEMPLATE_FIELDS = {"role", "name", "tool_calls", "tool_call_id", "function_call"}
+
+
 class TextPart(Fields):
     type: Literal["text"]
     text: str
@@ -43,17 +46,19 @@ class Message(Fields):
     reasoning: str | None = None
 
     def text(self) -> str | None:
-        """Parts are one text to the template, a line each, as vLLM joins them."""
+        """Parts as one text, a line each, as vLLM joins them."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
         return self.content
 
     def for_template(self) -> dict[str, Any]:
-        values = self.model_dump(
-            include={"role", "name", "tool_calls", "tool_call_id", "function_call"},
-            exclude_none=True,
-        )
-        values["content"] = self.text()
+        """As chat templates of this family read it: they know ``system``, not ``developer``."""
+        values = self.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+        if self.role == "developer":
+            values["role"] = "system"
+        values["content"] = self.content
+        if isinstance(self.content, list):
+            values["content"] = [{"type": "text", "text": part.text} for part in self.content]
         if reasoning := self.reasoning_content or self.reasoning:
             values["reasoning_content"] = reasoning
         return values
