@@ -1,7 +1,7 @@
 """Causal attention over the paged cache, in several backends with one signature.
 
 Each takes q [T, H, D] (turned already), one layer's pages [num_blocks, KV, block_size, D] in which
-this step's keys and values stand already, the batch, the scale and the window; it returns [T, H, D].
+this step's keys and values stand already, the batch, the scale, the window; it gives [T, H, D].
 """
 
 # T tokens, S rows, H query heads, KV kv heads, G query heads a kv head, D head size, C context
@@ -94,7 +94,7 @@ def on_cpu(
 
 
 def _split(q: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    return q.split(batch.query_lengths)
+    return torch.split(q, batch.query_lengths)
 
 
 def _history(keys: Tensor, values: Tensor, batch: Batch, row: int) -> tuple[Tensor, Tensor]:

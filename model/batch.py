@@ -22,7 +22,7 @@ class BatchRow:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of one token (decodes) come first. Host-side lists spare the device a synchronisation."""
+    """Rows of one token (decodes) come first. The lists stay on the host: no synchronisation."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64

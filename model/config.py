@@ -47,7 +47,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family network. Sizes are counts, ``norm_eps`` is added to a variance."""
+    """The shape of a Llama-family network. ``norm_eps`` is added to a variance."""
 
     architecture: str
     vocab_size: int

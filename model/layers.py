@@ -101,7 +101,7 @@ class Linear:
 
 def can_pack() -> bool:
     """oneDNN's operators are private to PyTorch: use them only where they are."""
-    return (
+    return bool(
         torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -17,7 +17,8 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.kernels import Kernels, PagedRows
 from model.kv_cache import KVCache
-from model.layers import Linear, RMSNorm, WeightSlot
+from model.layers import Linear, RMSNorm
+from model.layers import WeightSlot as WeightSlot
 from model.parallel import ParallelGroup
 from model.rope import rotary_table, rotate
 
@@ -99,8 +100,10 @@ class Attention:
     def _attend_torch(
         self, qkv: Tensor, batch: Batch, cache: KVCache, angles: Angles, first: int
     ) -> Tensor:
-        q, k, v = qkv.view(qkv.shape[0], -1, self.head_size).split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
+        q, k, v = torch.split(
+            qkv.view(qkv.shape[0], -1, self.head_size),
+            [self.num_heads, self.num_kv_heads, self.num_kv_heads],
+            dim=1,
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -271,6 +274,16 @@ class Llama(nn.Module):
             attention, mlp = layer.attention, layer.feed_forward
             found += [attention.qkv, attention.output, mlp.gate_up, mlp.down]
         return found
+
+    @property
+    def attention(self) -> str:
+        """The path taken, for people: the backend, and whether compiled kernels serve it."""
+        if self.device.type != "cpu" or self.attention_backend != "cpu":
+            return self.attention_backend
+        usable, why = kernels.kernel_status()
+        if self.kernels is not None:
+            return f"cpu with {why}"
+        return f"cpu in PyTorch ({why if not usable else 'kernels need bf16 weights'})"
 
     @property
     def num_parameters(self) -> int:

@@ -155,7 +155,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(model.attention),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
         "max_num_seqs": str(limits.max_num_seqs),
         "max_num_batched_tokens": str(limits.max_num_batched_tokens),
