@@ -55,6 +55,8 @@ class Tokenizer(ABC):
             config.named_tokens
         )  # "bos_token" and so on: what chat templates may name
         self.bos_id = ids.get(config.named_tokens.get("bos_token", ""), config.bos_id)
+        if self.bos_id is None and len(prefix) == 1:
+            self.bos_id = prefix[0]
         named_eos = ids.get(config.named_tokens.get("eos_token", ""))
         self.eos_ids = _distinct([named_eos, *config.eos_ids])
         for name, token in (
