@@ -18,7 +18,8 @@ from model.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # float32 for the rest
 
 # Buffers of old files that follow from the config.
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")
@@ -30,6 +31,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         raise CheckpointError(f"{checkpoint.folder} holds safetensors files but no config.json")
     config = read_json(checkpoint.folder / "config.json")
     _refuse_quantized(config)
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        config["torch_dtype"] = _stored_dtype(str(checkpoint.files[0]))
     generation = read_optional_json(checkpoint.folder / "generation_config.json")
     return ModelConfig.from_huggingface(config, generation)
 
@@ -45,6 +48,17 @@ def _refuse_quantized(config: dict[str, Any]) -> None:
         f"the weights are quantized with {method!r}, which is not supported yet: "
         "use the unquantized checkpoint or a GGUF file"
     )
+
+
+def _stored_dtype(file: str) -> str:
+    """Of the file's largest tensor, for configs that do not say; reads the header alone."""
+    try:
+        handle: Any = safe_open(file, framework="numpy")
+        views = [handle.get_slice(name) for name in handle.offset_keys()]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+    largest = max(views, key=lambda view: math.prod(view.get_shape()), default=None)
+    return _DTYPES.get(largest.get_dtype() if largest else "", "float32")
 
 
 def open_weights(checkpoint: Checkpoint) -> Weights:
@@ -69,12 +83,12 @@ def _tensors_of(file: str) -> list[StoredTensor]:
 def _stored(handle: Any, name: str, file: str) -> StoredTensor:
     view = handle.get_slice(name)
     shape, dtype = tuple(view.get_shape()), view.get_dtype()
-    if dtype not in ITEM_SIZES:
+    if dtype not in _ITEM_SIZES:
         raise CheckpointError(
             f"{name} in {_base(file)} is stored as {dtype}, which is not supported: "
             "use a checkpoint in bfloat16, float16 or float32"
         )
-    size = math.prod(shape) * ITEM_SIZES[dtype]
+    size = math.prod(shape) * _ITEM_SIZES[dtype]
     return StoredTensor(name, shape, size, partial(_read, handle, name))
 
 
@@ -88,6 +102,10 @@ def _refuse_multimodal(names: list[str]) -> None:
             f"the checkpoint holds more than a text model ({some_names(found, 1)}): "
             "vision and multimodal checkpoints are not supported"
         )
+
+
+def _damaged(file: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{_base(file)} is damaged or no safetensors file: {error}")
 
 
 def _base(file: str) -> str:

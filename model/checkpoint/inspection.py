@@ -71,6 +71,8 @@ def _inspect_folder(path: Path) -> Checkpoint:
 
 
 def _why_no_weights(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return f"{path} holds an adapter (LoRA), not a model: give its base model"
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         return (
             f"{path} holds its weights only as pickled .bin files, which can run code and are "
@@ -95,7 +97,8 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
     if (path / "model.safetensors").is_file():
         return (path / "model.safetensors",)
     # Mistral's own copy of the same weights lies beside the sharded ones under this name.
-    found = [f for f in sorted(path.glob("*.safetensors")) if not f.name.startswith("consolidated")]
+    other = ("consolidated", "adapter_model")
+    found = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(other)]
     if found:
         _refuse_gaps(found)
     elif (path / "consolidated.safetensors").is_file():

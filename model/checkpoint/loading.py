@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,8 +29,11 @@ _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float": torch.float32,
+    "half": torch.float16,
 }
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MAX_ROTARY_TABLE = 2 << 30  # bytes: 4 million positions of heads 128 wide
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -41,14 +45,22 @@ def load(
     progress: Progress | None,
 ) -> Llama:
     device = torch.device(device)
-    weights = _settle_tying(_OPENERS[checkpoint.format](checkpoint))
-    _check_layers(weights)
-    _check_sizes(checkpoint, weights)
+    weights = open_checked(checkpoint)
     wanted = resolve_dtype(dtype, weights.config.dtype, device)
     model = Llama(weights.config, wanted, device, attention=attention)
     fill(model.slots(), weights, wanted, progress)
     model.pack()
     return model.eval()
+
+
+def open_checked(checkpoint: Checkpoint) -> Weights:
+    """Weights that are known to fill the network of their config, none of them read yet."""
+    weights = _settle_tying(_OPENERS[checkpoint.format](checkpoint))
+    _check_layers(weights)
+    _check_sizes(checkpoint, weights)
+    _check_context(weights.config)
+    check_names(_shapes(weights.config), weights.tensors)
+    return weights
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -70,9 +82,11 @@ def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
 
 
 def _has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm's BF16)."""
-    abilities = torch.cpu.get_capabilities()
-    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm's BF16)."""
+    if platform.machine().lower() in {"x86_64", "amd64"}:
+        # oneDNN would also emulate it on any AVX512, slower than float32.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 # --------------------------------------------------------------------------- checks
@@ -123,7 +137,22 @@ def _check_sizes(checkpoint: Checkpoint, weights: Weights) -> None:
         )
 
 
-def check_names(slots: Mapping[str, WeightSlot], tensors: list[StoredTensor]) -> None:
+def _check_context(config: ModelConfig) -> None:
+    """The one size that no tensor confirms: rotary angles are kept for every position."""
+    if config.max_positions * config.head_size * 4 > _MAX_ROTARY_TABLE:
+        raise CheckpointError(
+            f"a context of {config.max_positions} tokens is more than this version can hold "
+            "rotary angles for: lower max_position_embeddings"
+        )
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What the network wants, asked of one without memory: a lying config allocates nothing."""
+    skeleton = Llama(replace(config, max_positions=1), torch.float32, "meta", attention="sdpa")
+    return {name: tuple(slot.shape) for name, slot in skeleton.slots().items()}
+
+
+def check_names(shapes: Mapping[str, tuple[int, ...]], tensors: list[StoredTensor]) -> None:
     """Every slot has its tensor, every tensor its slot, and their shapes agree."""
     stored = {tensor.name: tensor for tensor in tensors}
     if len(stored) < len(tensors):
@@ -131,14 +160,14 @@ def check_names(slots: Mapping[str, WeightSlot], tensors: list[StoredTensor]) ->
         doubled = [name for name, count in counts.items() if count > 1]
         raise CheckpointError(f"stored more than once: {some_names(doubled)}")
     problems = []
-    if missing := slots.keys() - stored.keys():
+    if missing := shapes.keys() - stored.keys():
         problems.append(f"{len(missing)} tensors are missing ({some_names(missing)})")
-    if surplus := stored.keys() - slots.keys():
+    if surplus := stored.keys() - shapes.keys():
         problems.append(f"{len(surplus)} have no place in the network ({some_names(surplus)})")
     misshapen = {
-        f"{name} is {list(stored[name].shape)}, expected {list(slots[name].shape)}"
-        for name in slots.keys() & stored.keys()
-        if tuple(slots[name].shape) != stored[name].shape
+        f"{name} is {list(stored[name].shape)}, expected {list(shapes[name])}"
+        for name in shapes.keys() & stored.keys()
+        if shapes[name] != stored[name].shape
     }
     if misshapen:
         problems.append(f"{len(misshapen)} are misshapen ({some_names(misshapen)})")
@@ -156,7 +185,6 @@ def fill(
     progress: Progress | None = None,
 ) -> None:
     """Stores tensor after tensor, holding one source at a time; ``progress`` counts bytes read."""
-    check_names(slots, weights.tensors)
     done, total = 0, sum(tensor.num_bytes for tensor in weights.tensors)
     for stored in weights.tensors:
         _store(slots[stored.name], stored, dtype)

@@ -59,8 +59,8 @@ class MetaParams:
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_size,
             "max_position_embeddings": self._max_positions(is_llama_3),
-            "rms_norm_eps": document.get("norm_eps", 1e-5),
-            "rope_theta": document.get("rope_theta", 10_000.0),
+            "rms_norm_eps": document.get("norm_eps") or 1e-5,
+            "rope_theta": document.get("rope_theta") or 10_000.0,
             "rope_scaling": self._rope_scaling(),
             "sliding_window": window,
             "tie_word_embeddings": True,  # undone where output.weight differs

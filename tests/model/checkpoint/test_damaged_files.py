@@ -16,11 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import CheckpointError, load_model
+from model.checkpoint import CheckpointError, inspect, load_model
 from model.checkpoint.gguf_header import read_header
+from model.checkpoint.loading import open_checked
 from tests.model.checkpoint.writers import llama, write_gguf, write_huggingface, write_meta
 
-SECONDS = 5.0
+SECONDS = 20.0
 MEBIBYTES = 256
 
 
@@ -29,8 +30,8 @@ def bounded() -> Iterator[None]:
     """Every test here ends soon and lets the process grow by little."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     yield
-    assert time.monotonic() - start < 10 * SECONDS
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert time.monotonic() - start < 6 * SECONDS
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < MEBIBYTES * 1024
 
 
@@ -57,6 +58,13 @@ def refused(path: Path) -> str:
         load_model(path, dtype="float32")
     assert time.monotonic() - start < SECONDS
     return str(caught.value)
+
+
+def read_everything(path: Path) -> None:
+    """Loading but for the network's own memory, whose rotary table a config may make large."""
+    for stored in open_checked(inspect(path)).tensors:
+        with stored.read(torch.float32) as tensor:
+            assert tuple(tensor.shape) == stored.shape
 
 
 def damaged_copy(source: Path, target: Path, name: str, content: bytes) -> Path:
@@ -114,7 +122,13 @@ def test_damaged_json_is_refused_by_name(
 
 def test_config_asking_for_a_huge_network_is_refused(huggingface: Path, tmp_path: Path):
     config = json.loads((huggingface / "config.json").read_text())
-    for change in ({"num_hidden_layers": 10**7}, {"vocab_size": 10**9}, {"hidden_size": 1 << 20}):
+    changes = (
+        {"max_position_embeddings": 1 << 24, "head_dim": 128},
+        {"num_hidden_layers": 10**7},
+        {"vocab_size": 1 << 24},
+        {"hidden_size": 1 << 20},
+    )
+    for change in changes:
         path = damaged_copy(
             huggingface, tmp_path / "c", "config.json", json.dumps(config | change).encode()
         )
@@ -183,7 +197,7 @@ def test_pth_that_repeats_one_number_without_end_is_refused(meta: Path, tmp_path
         {"ffn_dim_multiplier": "x"},
         {"ffn_dim_multiplier": 1e300},
         {"n_layers": 10**7},
-        {"norm_eps": None},
+        {"norm_eps": "small"},
     ],
 )
 def test_damaged_params_are_refused(change, meta: Path, tmp_path: Path):
@@ -258,7 +272,7 @@ def test_any_damage_to_a_gguf_header_is_read_or_refused(
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     try:
-        load_model(path, dtype="float32")
+        read_everything(path)
     except ValueError as error:
         assert str(error)  # noqa: PT017 whether it is refused depends on the place
 
@@ -277,7 +291,7 @@ def test_any_damage_to_a_pth_is_read_or_refused(
     content[place : place + width] = bytes([value]) * width
     path = damaged_copy(meta, tmp_path / "p", "consolidated.00.pth", bytes(content))
     try:
-        load_model(path, dtype="float32")
+        read_everything(path)
     except ValueError as error:
         assert str(error)  # noqa: PT017
 
@@ -295,6 +309,6 @@ def test_any_damage_to_safetensors_is_read_or_refused(
     content[place : place + width] = bytes([value]) * width
     path = damaged_copy(huggingface, tmp_path / "s", "model.safetensors", bytes(content))
     try:
-        load_model(path, dtype="float32")
+        read_everything(path)
     except ValueError as error:
         assert str(error)  # noqa: PT017

@@ -86,8 +86,10 @@ def test_meta_rotary_settings_reach_the_config(tmp_path: Path):
     assert difference(model, reference, PROMPT) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, Kind.F32) for family in FAMILIES] + [("llama", Kind.F16), ("qwen3", Kind.BF16)],
+)
 def test_gguf_file_gives_the_reference_logits(family: str, kind: Kind, tmp_path: Path):
     reference = write_gguf(FAMILIES[family](), tmp_path / "model.gguf", kind)
     assert difference(loaded(tmp_path / "model.gguf"), reference, PROMPT) < TOLERANCE
@@ -190,6 +192,14 @@ def test_stored_dtype_is_what_auto_means_for_a_gpu_and_the_config(dtype: str, tm
     write_huggingface(llama().to(getattr(torch, dtype)), tmp_path)
     assert load_config(tmp_path).dtype == dtype
     assert resolve_dtype("auto", dtype, torch.device("cuda")) == getattr(torch, dtype)
+
+
+def test_config_without_a_dtype_takes_the_files(tmp_path: Path):
+    write_huggingface(llama().bfloat16(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path).dtype == "bfloat16"
 
 
 def test_auto_never_computes_in_float16_on_a_cpu(tmp_path: Path):

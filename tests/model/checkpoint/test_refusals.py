@@ -53,6 +53,13 @@ def test_pickled_bin_files_are_refused_with_what_to_do(tmp_path: Path):
         inspect(tmp_path)
 
 
+def test_adapter_is_refused_in_favour_of_its_base_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        inspect(tmp_path)
+
+
 def test_one_file_of_a_folder_is_refused_in_favour_of_the_folder(folder: Path):
     with pytest.raises(CheckpointError, match="give its folder instead"):
         inspect(folder / "model.safetensors")
