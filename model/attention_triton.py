@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-_MIN_SPLIT, _MAX_SPLITS = 512, 64
+_MIN_SPLIT, _MAX_SPLITS = 512, 32
 _MIN_DOT = 16  # rows and columns of the smallest matrix product the hardware has
 # Said aloud, because Triton is about to change the default and warns until it has.
 _OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
@@ -72,6 +72,7 @@ def decode(
         *(partial, weights, out, contexts, num_heads, num_splits),
         HEAD=head_size,
         HEAD_PAD=head_pad,
+        WINDOW=window or 0,
         SPLIT=split,
         SPLITS=min(16, triton.next_power_of_2(num_splits)),
         num_warps=4,
@@ -124,7 +125,7 @@ def prefill(
 
 
 def split_length(max_context: int) -> int:
-    """Keys a split: short enough to fill the device, and never more than 64 splits."""
+    """Keys a split: short enough to fill the device, and never more than 32 splits."""
     return max(_MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_context, _MAX_SPLITS))))
 
 
@@ -167,6 +168,8 @@ def _decode_split(  # type: ignore[no-untyped-def]
     split = tl.program_id(2)
     context = tl.load(contexts + row)
     oldest = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+    if (split * SPLIT >= context) | ((split + 1) * SPLIT <= oldest):
+        return  # nothing to see; the merge will not look
     end = tl.minimum((split + 1) * SPLIT, context)
     start = tl.maximum(split * SPLIT, oldest // KEYS * KEYS)
 
@@ -225,21 +228,24 @@ def _merge_splits(  # type: ignore[no-untyped-def]
     num_splits,
     HEAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,  # looked at together
 ):
     row = tl.program_id(0)
     slot = (row * num_heads + tl.program_id(1)).to(tl.int64)
-    used = tl.cdiv(tl.load(contexts + row), SPLIT)
+    context = tl.load(contexts + row)
+    begin = tl.maximum(context - WINDOW, 0) // SPLIT if WINDOW > 0 else 0
+    end = tl.cdiv(context, SPLIT)
     places = tl.arange(0, HEAD_PAD)
     is_place = places < HEAD
 
     highest = float("-inf")
     total = 0.0
     mixed = tl.zeros([HEAD_PAD], tl.float32)
-    for first in range(0, used, SPLITS):
+    for first in range(begin, end, SPLITS):
         splits = first + tl.arange(0, SPLITS)
-        is_split = splits < used
+        is_split = splits < end
         weight = tl.load(weights + slot * num_splits + splits, is_split, float("-inf"))
         peak = tl.maximum(highest, tl.max(weight, 0))
         shift = tl.where(peak == float("-inf"), 0.0, peak)

@@ -45,7 +45,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     walk = {"WINDOW": 0, "GROUP": 4, "PAGE": page, "KEYS": 64}
     constants = {
         kernels._decode_split: {**shape, **walk, "GROUP_PAD": 16, "SPLIT": 512},
-        kernels._merge_splits: {**shape, "SPLIT": 512, "SPLITS": 16},
+        kernels._merge_splits: {**shape, "WINDOW": 0, "SPLIT": 512, "SPLITS": 16},
         kernels._prefill_chunk: {**shape, **walk, "GROUP_PAD": 4, "QUERIES": 16},
     }
     for kernel, fixed in constants.items():

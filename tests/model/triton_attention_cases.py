@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import attention_triton
-from model.attention_cuda import paged_attention
+from model.attention_cuda import triton_attention
 from tests.model.paged_reference import PagedCase, random_case, reference
 
 DECODES = [(1, 5), (1, 16), (1, 17), (1, 1), (1, 90)]
@@ -14,7 +14,7 @@ CHUNKS = [(3, 3), (7, 40), (33, 33), (16, 48)]
 
 
 def check(case: PagedCase, window: int | None = None, tolerance: float = 1e-5) -> None:
-    out = paged_attention(case.q, case.k_pages, case.v_pages, case, case.scale, window)  # type: ignore[arg-type]
+    out = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, window)  # type: ignore[arg-type]
     torch.testing.assert_close(out.float(), reference(case, window), atol=tolerance, rtol=tolerance)
 
 
@@ -72,14 +72,14 @@ def test_queries_may_be_a_view_of_a_fused_projection() -> None:
 def test_padding_rows_of_no_context_come_out_as_zeros() -> None:
     case = random_case(DECODES)
     case.context_lengths[3:] = 0
-    out = paged_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
+    out = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
     assert (out[3:] == 0).all()
     torch.testing.assert_close(out[:3], reference(case)[:3], atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_is_summed_in_the_same_order_alone_and_in_a_batch() -> None:
     case = random_case([(1, 90), (1, 17), (1, 90)])
-    together = paged_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
+    together = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
     for row in range(3):
         alone = torch.empty_like(case.q[:1])
         only = slice(row, row + 1)
