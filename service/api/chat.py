@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
-from service.api.generation import Job, Prompt
 from service.api.jobs import check, make_job, make_sampling, respond, truncation
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
@@ -28,6 +27,7 @@ from service.api.schemas.chat import (
     ChatRequest,
 )
 from service.api.server import Server, server_of
+from service.api.submission import Job, Prompt
 from service.api.text import Event
 from service.errors import InvalidRequest
 from service.registry import ServedModel

@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
-from service.api.generation import Job, Prompt
 from service.api.jobs import check, make_job, make_sampling, respond, truncation
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
@@ -20,6 +19,7 @@ from service.api.sampling import Sampling, check_ids
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.completions import Completion, CompletionChoice, CompletionRequest
 from service.api.server import Server, server_of
+from service.api.submission import Job, Prompt
 from service.api.text import Event
 from service.errors import InvalidRequest
 from service.registry import ServedModel
@@ -74,7 +74,7 @@ async def read_prompts(
 ) -> list[Prompt]:
     """Each prompt's ids, its choices' settings and what is echoed of it."""
     length = truncation(fields, sampling)
-    size = sum(map(len, fields.prompt))
+    size = sum(map(len, fields.prompt)) + len(fields.prompt) * sampling.n
 
     def read(number: int) -> Prompt:
         prompt = fields.prompt[number]
@@ -118,7 +118,7 @@ class CompletionShape:
 
     def __init__(self, fields: CompletionRequest, job: Job) -> None:
         self._job = job
-        self._n = len(job.prompts[0].settings)
+        self._n = job.n
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.api.exchange import Exchange
-from service.api.generation import Job, Prompt, TextOptions
 from service.api.ignored import ignored_headers, refuse_unsupported
 from service.api.sampling import Sampling, check_limits
 from service.api.schemas.sampling import SamplingFields
 from service.api.server import Server
 from service.api.stream import AnswerResponse, Shape, StreamUsage
+from service.api.submission import WAVE, Job, Prompt, TextOptions
 from service.registry import Engine, ServedModel
 
 
@@ -68,7 +68,7 @@ def make_job(
         engine=engine,
         prompts=list(prompts),
         text=TextOptions(
-            stop=fields.stop or (),
+            stop=tuple(fields.stop or ()),
             include_stop=bool(fields.include_stop_str_in_output),
             skip_special_tokens=skip_special,
             spaces_between_special_tokens=fields.spaces_between_special_tokens is not False,
@@ -82,6 +82,8 @@ def make_job(
         prompt_logprobs=max(wanted, default=None),
         request_id=exchange.request_id,
         arrival=exchange.arrival,
+        wave=min(WAVE, server.settings.max_queued_requests),
+        log_content=server.settings.log_content,
     )
 
 

@@ -21,7 +21,7 @@ from service.api.exchange import KEY, Exchange, request_id
 from service.errors import AuthenticationFailed, RequestTooLarge
 from service.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pronk.api")
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})

@@ -33,4 +33,5 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 
 def card(name: str, model: ServedModel) -> ModelCard:
-    return ModelCard(id=name, created=model.created, root=model.name, max_model_len=model.context)
+    length = None if model.tokenizer is None else model.context
+    return ModelCard(id=name, created=model.created, root=model.name, max_model_len=length)

@@ -101,7 +101,7 @@ class Sampling:
         return SamplingSettings(
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],
-            top_k=max(0, int(numbers["top_k"])),
+            top_k=_read_top_k(int(numbers["top_k"]), vocabulary),
             min_p=numbers["min_p"],
             presence_penalty=numbers["presence_penalty"],
             frequency_penalty=numbers["frequency_penalty"],
@@ -155,6 +155,11 @@ class Sampling:
             f"max_tokens may be at most {room}.",
             param="max_tokens",
         )
+
+
+def _read_top_k(top_k: int, vocabulary: int) -> int:
+    """0 is off: what clients say as 0, as -1, or as more tokens than there are."""
+    return top_k if 0 < top_k < vocabulary else 0
 
 
 def _number(fields: SamplingFields, model: ServedModel, name: str) -> float:

@@ -16,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.errors import envelope, internal_error
 from service.api.exchange import Exchange
-from service.api.generation import Answer, Job, generate
+from service.api.generation import Answer, generate
 from service.api.schemas.answers import Usage
+from service.api.submission import Job
 from service.api.text import Event
 from service.errors import PronkError
 from service.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pronk.api")
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"

@@ -80,6 +80,7 @@ class FakeEngine:
     script: Script = lambda prompt, settings: say("Hello, world")
     group: int = 1  # tokens in one output
     refusal: PronkError | None = None
+    refusals: dict[int, PronkError] = field(default_factory=dict)  # by number of the submit
     fail_after: int | None = None  # outputs, over all choices of a generation
     pause: float = 0.0  # seconds before each output
     gate: asyncio.Event | None = None  # nothing comes before it is set
@@ -91,6 +92,7 @@ class FakeEngine:
     num_restarts: int = 0
     num_discarded: int = 0
     live: int = 0  # generations somebody holds
+    generations: list[FakeGeneration] = field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
@@ -106,13 +108,22 @@ class FakeEngine:
         number = len(self.submitted)
         self.submitted.append({"prompt": prompt, "settings": list(settings), **rest})
         await asyncio.sleep(0)
-        if self.refusal is not None:
-            raise self.refusal
+        if refusal := self.refusals.get(number, self.refusal):
+            raise refusal
         self.live += 1
+        wanted = rest.get("prompt_logprobs")
+        generation = FakeGeneration(self, number, prompt, list(settings), wanted)
+        self.generations.append(generation)
         try:
-            yield FakeGeneration(self, number, prompt, list(settings), rest.get("prompt_logprobs"))
+            yield generation
         finally:
             self.live -= 1
+            generation.unfinished.clear()
+
+    @property
+    def busy(self) -> int:
+        """Generations that are not finished yet."""
+        return sum(bool(generation.unfinished) for generation in self.generations)
 
 
 class FakeGeneration:

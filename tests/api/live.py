@@ -22,6 +22,7 @@ def listening(app: FastAPI) -> Iterator[str]:
     """The base URL of a server that runs until the block is left."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         config = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", log_config=None, server_header=False
         )

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from service.errors import Overloaded
 from tests.api.conftest import chunks_of, talking_to
 from tests.api.fakes import BOS, EOS, FakeEngine, say
 
@@ -273,7 +274,8 @@ async def test_settings_reach_the_engine(client: httpx.AsyncClient, engine: Fake
     assert settings.logit_bias == {65: -100.0, 66: 2.5}
     assert settings.bad_words == ((97, 98), (32, 97, 98))
     assert settings.logprobs == 0
-    assert (sent["priority"], sent["deadline"], sent["max_queue"]) == (-3, 1.5, 0.25)
+    assert (sent["priority"], sent["max_queue"]) == (-3, 0.25)
+    assert 1 < sent["deadline"] <= 1.5
 
 
 async def test_choices_share_the_seed_and_differ_by_number(
@@ -467,3 +469,51 @@ async def test_prefixes_are_shared_within_a_key_and_a_salt_only(
     names = [sent["namespace"] for sent in engine.submitted]
     assert names[0] == names[1]
     assert len(set(names)) == 3
+
+
+# ---- many prompts
+
+
+async def test_a_large_request_is_fed_to_the_engine_in_waves(
+    make_app: Callable[..., FastAPI], engine: FakeEngine
+) -> None:
+    most = 0
+
+    def watch(prompt: list[int], one: object) -> list[int]:
+        nonlocal most
+        most = max(most, engine.busy)
+        return say(str(prompt[0]))
+
+    engine.script = watch
+    async with talking_to(make_app(max_queued_requests=10)) as client:
+        answer = await ask(client, prompt=[[token] for token in range(50)], n=2)
+    assert [choice["text"] for choice in answer["choices"]] == [str(i // 2) for i in range(100)]
+    assert answer["usage"]["prompt_tokens"] == 50
+    assert most == 5  # of two choices each
+    assert engine.live == 0
+
+
+async def test_a_later_wave_waits_where_the_queue_is_full(
+    make_app: Callable[..., FastAPI], engine: FakeEngine
+) -> None:
+    async with talking_to(make_app(max_queued_requests=2)) as client:
+        engine.refusals = {3: Overloaded("full", retry_after=0.01)}
+        answer = await ask(client, prompt=["a", "b", "c", "d", "e"])
+    assert len(answer["choices"]) == 5
+    assert len(engine.submitted) == 6
+
+
+async def test_too_many_prompts_are_refused(client: httpx.AsyncClient) -> None:
+    assert (await refuse(client, prompt=["a"] * 2049))["param"] == "prompt"
+
+
+async def test_prompts_and_answers_are_logged_only_on_demand(
+    make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    for is_logged in (False, True):
+        async with talking_to(make_app(log_content=is_logged)) as client:
+            await ask(client, prompt="a secret question")
+        answers = [record.__dict__.get("answer") for record in caplog.records]
+        assert ("Hello, world" in answers) == is_logged
+        assert ("a secret question" in str([vars(r) for r in caplog.records])) == is_logged

@@ -62,7 +62,11 @@ async def test_a_body_that_is_no_good_json_is_a_400(client: httpx.AsyncClient, b
     st.dictionaries(
         st.sampled_from(["prompt", "stop", "n", "logit_bias", "stream_options", "metadata", "x"]),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(),
             lambda inner: (
                 st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
             ),

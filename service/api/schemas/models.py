@@ -14,7 +14,7 @@ class ModelCard(Struct, kw_only=True):
     owned_by: str = "pronk"
     root: str
     parent: str | None = None
-    max_model_len: int
+    max_model_len: int | None  # null until the model is loaded
 
 
 class ModelList(Struct, kw_only=True):

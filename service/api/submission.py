@@ -1,0 +1,183 @@
+"""Handing a job to the engine: taken or refused as a whole, all prompts' outputs in one stream.
+
+A request with more choices than one wave is fed to the engine piece by piece, so that neither its
+queue nor its other clients suffer from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from service.engine.messages import Output, SamplingSettings
+from service.errors import Overloaded
+from service.registry import Engine, Generation, ServedModel
+
+if TYPE_CHECKING:
+    from model.tokenizer import Tokenizer
+
+WAVE = 256  # sequences a request has in the engine at a time, one prompt's n at least
+MAX_PATIENCE = 5.0  # seconds between two tries of a prompt whose wave met a full queue
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``echo`` is the text that opens each choice's answer: the prompt's, or nothing."""
+
+    ids: list[int]
+    settings: list[SamplingSettings]  # one a choice
+    echo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    echo_logprobs: bool = False  # the prompt's tokens stand before the answer's in logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request, ready for the engine: validated, templated, tokenized."""
+
+    model: ServedModel
+    engine: Engine
+    prompts: list[Prompt]
+    text: TextOptions = field(default_factory=TextOptions)
+    namespace: bytes = b""
+    account: str = ""
+    priority: int = 0
+    deadline: float | None = None  # seconds from arrival
+    max_queue: float | None = None
+    prompt_logprobs: int | None = None
+    request_id: str = ""
+    arrival: float = 0.0  # time.monotonic()
+    wave: int = WAVE
+    log_content: bool = False
+
+    @property
+    def n(self) -> int:
+        return len(self.prompts[0].settings)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.model.tokenizer is not None, "only loaded models get jobs"
+        return self.model.tokenizer
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def submit(self, number: int) -> AbstractAsyncContextManager[Generation]:
+        """Prompt ``number``; its deadline is what is left of the request's."""
+        prompt = self.prompts[number]
+        deadline = self.deadline
+        if deadline is not None:
+            deadline = max(0.001, deadline - (time.monotonic() - self.arrival))
+        return self.engine.submit(
+            prompt.ids,
+            prompt.settings,
+            namespace=self.namespace,
+            account=self.account,
+            priority=self.priority,
+            deadline=deadline,
+            max_queue=self.max_queue,
+            prompt_logprobs=self.prompt_logprobs,
+            request_id=self.request_id,
+        )
+
+
+class Arrival(NamedTuple):
+    """An output, the prompt it belongs to and the generation it came from."""
+
+    number: int
+    generation: Generation
+    output: Output
+
+
+@asynccontextmanager
+async def admitted(job: Job) -> AsyncIterator[list[Generation]]:
+    """The first wave of prompts, all of them or none: raises the engine's refusal of any."""
+    async with AsyncExitStack() as stack:
+        count = max(1, min(len(job.prompts), job.wave // job.n))
+        if count == 1:
+            yield [await stack.enter_async_context(job.submit(0))]
+            return
+        entering = [stack.enter_async_context(job.submit(number)) for number in range(count)]
+        entered = await asyncio.gather(*entering, return_exceptions=True)
+        for refusal in entered:
+            if isinstance(refusal, BaseException):
+                raise refusal
+        yield [found for found in entered if not isinstance(found, BaseException)]
+
+
+async def outputs(job: Job, first: list[Generation]) -> AsyncGenerator[Arrival, None]:
+    """Outputs of all prompts as they come. Whoever iterates holds the first wave open.
+
+    Each generation holds back (and merges) what nobody has asked for yet, so a slow reader of many
+    prompts costs one output each.
+    """
+    if len(job.prompts) == 1:
+        async for output in first[0]:
+            yield Arrival(0, first[0], output)
+        return
+    async with aclosing(_many(job, first)) as arrivals:
+        async for arrival in arrivals:
+            yield arrival
+
+
+Queue = asyncio.Queue[Arrival | Exception | None]
+
+
+async def _many(job: Job, first: list[Generation]) -> AsyncGenerator[Arrival, None]:
+    """One task a prompt in the engine; as one ends, the next prompt is submitted."""
+    queue: Queue = asyncio.Queue(maxsize=1)
+    tasks = [
+        asyncio.create_task(_guard(_pump(number, generation, queue), queue))
+        for number, generation in enumerate(first)
+    ]
+    try:
+        for _ in job.prompts:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+            if len(tasks) < len(job.prompts):
+                late = _submit_late(job, len(tasks), queue)
+                tasks.append(asyncio.create_task(_guard(late, queue)))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _guard(work: Coroutine[None, None, None], queue: Queue) -> None:
+    """Runs one prompt to its end and says how it was: None, or what went wrong."""
+    try:
+        await work
+    except Exception as error:
+        await queue.put(error)
+    else:
+        await queue.put(None)
+
+
+async def _pump(number: int, generation: Generation, queue: Queue) -> None:
+    async for output in generation:
+        await queue.put(Arrival(number, generation, output))
+
+
+async def _submit_late(job: Job, number: int, queue: Queue) -> None:
+    """A prompt of a later wave: the request was accepted, so a full queue only means to wait."""
+    while True:
+        try:
+            async with job.submit(number) as generation:
+                await _pump(number, generation, queue)
+                return
+        except Overloaded as error:
+            await asyncio.sleep(min(error.retry_after or 1.0, MAX_PATIENCE))
