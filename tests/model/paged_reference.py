@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from model.batch import Batch, BatchBuilder, BatchRow
+
 
 @dataclass
 class PagedCase:
-    """Has the fields of ``model.batch.Batch`` that attention reads, and the tensors it is given."""
-
     q: Tensor  # [T, H, D]
     k_pages: Tensor  # [N, K, P, D]
     v_pages: Tensor
-    query_starts: Tensor
-    context_lengths: Tensor
-    block_tables: Tensor
-    num_decodes: int
-    query_lengths: list[int]
-    contexts: list[int]
+    batch: Batch
 
     @property
     def scale(self) -> float:
         return 1 / math.sqrt(self.q.size(-1))
 
     def to(self, device: str, dtype: torch.dtype) -> PagedCase:
-        moved = (each.to(device, dtype) for each in (self.q, self.k_pages, self.v_pages))
-        integers = (self.query_starts, self.context_lengths, self.block_tables)
-        return PagedCase(
-            *moved,
-            *(each.to(device) for each in integers),
-            self.num_decodes,
-            self.query_lengths,
-            self.contexts,
-        )
+        names = ("query_starts", "context_lengths", "block_tables")
+        moved = {name: getattr(self.batch, name).to(device) for name in names}
+        tensors = (each.to(device, dtype) for each in (self.q, self.k_pages, self.v_pages))
+        return PagedCase(*tensors, replace(self.batch, **moved))
 
 
 def random_case(
@@ -49,56 +39,50 @@ def random_case(
     page: int = 16,
     shared_pages: int = 0,
     seed: int = 0,
+    unread: float = math.nan,
 ) -> PagedCase:
     """``rows`` are (queries, context), rows of one query first. Pages are dealt in random order.
 
-    Every row's first ``shared_pages`` pages are the same; what no row may read is NaN.
+    Every row's first ``shared_pages`` pages are the same; entries no row may read are ``unread``.
     """
-    generator = torch.Generator().manual_seed(seed)
     needed = [math.ceil(context / page) for _, context in rows]
     free = list(range(1, sum(needed) + 2))
     random.Random(seed).shuffle(free)
-    width = max(needed) + 1
     shared = [free.pop() for _ in range(shared_pages)]
     tables = [shared[:n] + [free.pop() for _ in range(n - len(shared[:n]))] for n in needed]
 
-    num_pages = sum(needed) + 2
-    pages = torch.full((2, num_pages, kv_heads, page, head_size), math.nan)
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.full((2, sum(needed) + 2, kv_heads, page, head_size), unread)
     for table, (_, context) in zip(tables, rows, strict=True):
         for place, number in enumerate(table):
             filled = min(page, context - place * page)
-            entries = torch.randn(2, kv_heads, filled, head_size, generator=generator)
-            pages[:, number, :, :filled] = entries
-    queries = [count for count, _ in rows]
-    return PagedCase(
-        q=torch.randn(sum(queries), heads, head_size, generator=generator),
-        k_pages=pages[0],
-        v_pages=pages[1],
-        query_starts=torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32),
-        context_lengths=torch.tensor([context for _, context in rows], dtype=torch.int32),
-        block_tables=torch.tensor(
-            [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32
-        ),
-        num_decodes=sum(1 for count in queries if count == 1),
-        query_lengths=queries,
-        contexts=[context for _, context in rows],
+            pages[:, number, :, :filled] = torch.randn(
+                2, kv_heads, filled, head_size, generator=generator
+            )
+    num_tokens = sum(count for count, _ in rows)
+    builder = BatchBuilder(num_tokens, len(rows), max(needed), page, "cpu")
+    batch = builder.build(
+        [
+            BatchRow([0] * count, context - count, table)
+            for (count, context), table in zip(rows, tables, strict=True)
+        ]
     )
+    q = torch.randn(num_tokens, heads, head_size, generator=generator)
+    return PagedCase(q, pages[0], pages[1], batch)
 
 
 def reference(case: PagedCase, window: int | None = None) -> Tensor:
     """[T, H, D] float32."""
     parts = []
-    starts = case.query_starts.tolist()
-    for row, (count, context) in enumerate(zip(case.query_lengths, case.contexts, strict=True)):
+    batch = case.batch
+    queries = case.q.float().split(batch.query_lengths)
+    for own, context, table in zip(queries, batch.contexts, batch.block_tables, strict=True):
         keys, values = (
-            gathered(pages, case.block_tables[row], context).repeat_interleave(
-                case.q.size(1) // pages.size(1), dim=0
-            )
+            _gathered(pages, table, context).repeat_interleave(own.size(1) // pages.size(1), 0)
             for pages in (case.k_pages, case.v_pages)
         )
-        query = case.q[starts[row] : starts[row + 1]].float().transpose(0, 1)  # [H, n, D]
-        scores = query @ keys.mT * case.scale
-        positions = torch.arange(context - count, context).unsqueeze(1)
+        scores = own.transpose(0, 1) @ keys.mT * case.scale
+        positions = torch.arange(context - own.size(0), context).unsqueeze(1)
         keyed = torch.arange(context).unsqueeze(0)
         hidden = keyed > positions
         if window is not None:
@@ -108,6 +92,7 @@ def reference(case: PagedCase, window: int | None = None) -> Tensor:
     return torch.cat(parts)
 
 
-def gathered(pages: Tensor, table: Tensor, context: int) -> Tensor:
+def _gathered(pages: Tensor, table: Tensor, context: int) -> Tensor:
     """[K, context, D] float32."""
-    return pages[table.long()].transpose(0, 1).flatten(1, 2)[:, :context].float()
+    used = table[: math.ceil(context / pages.size(2))].long()
+    return pages[used].transpose(0, 1).flatten(1, 2)[:, :context].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import attention_triton
 from model.attention_cuda import triton_attention
@@ -13,8 +14,12 @@ DECODES = [(1, 5), (1, 16), (1, 17), (1, 1), (1, 90)]
 CHUNKS = [(3, 3), (7, 40), (33, 33), (16, 48)]
 
 
+def attend(case: PagedCase, window: int | None = None) -> Tensor:
+    return triton_attention(case.q, case.k_pages, case.v_pages, case.batch, case.scale, window)
+
+
 def check(case: PagedCase, window: int | None = None, tolerance: float = 1e-5) -> None:
-    out = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, window)  # type: ignore[arg-type]
+    out = attend(case, window)
     torch.testing.assert_close(out.float(), reference(case, window), atol=tolerance, rtol=tolerance)
 
 
@@ -71,19 +76,19 @@ def test_queries_may_be_a_view_of_a_fused_projection() -> None:
 
 def test_padding_rows_of_no_context_come_out_as_zeros() -> None:
     case = random_case(DECODES)
-    case.context_lengths[3:] = 0
-    out = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
+    case.batch.context_lengths[3:] = 0
+    out = attend(case)
     assert (out[3:] == 0).all()
     torch.testing.assert_close(out[:3], reference(case)[:3], atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_is_summed_in_the_same_order_alone_and_in_a_batch() -> None:
     case = random_case([(1, 90), (1, 17), (1, 90)])
-    together = triton_attention(case.q, case.k_pages, case.v_pages, case, case.scale, None)  # type: ignore[arg-type]
+    together = attend(case)
     for row in range(3):
         alone = torch.empty_like(case.q[:1])
         only = slice(row, row + 1)
-        tables, contexts = case.block_tables[only], case.context_lengths[only]
+        tables, contexts = case.batch.block_tables[only], case.batch.context_lengths[only]
         pages = (case.k_pages, case.v_pages)
         attention_triton.decode(case.q[only], *pages, tables, contexts, case.scale, None, alone)
         assert torch.equal(alone[0], together[row])

@@ -1,0 +1,105 @@
+"""The CUDA attention backends against plain float32 attention, on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import attention_cuda
+from model.attention import Backend
+from tests.model.paged_reference import PagedCase, random_case, reference
+
+DECODES = [(1, 5), (1, 256), (1, 257), (1, 1), (1, 3_000), (1, 700)]
+CHUNKS = [(3, 3), (7, 400), (513, 513), (256, 768)]
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def backend_named(name: str) -> Backend:
+    available = {
+        "triton": attention_cuda.triton_available,
+        "varlen": attention_cuda.varlen_available,
+    }
+    if not available[name]():
+        pytest.skip(f"{name} attention is not available here")
+    return attention_cuda.backend(name)
+
+
+def check(case: PagedCase, dtype: torch.dtype, name: str, window: int | None = None) -> None:
+    attention = backend_named(name)
+    moved = case.to("cuda", dtype)
+    out = attention(moved.q, moved.k_pages, moved.v_pages, moved.batch, moved.scale, window)
+    assert out.dtype == dtype
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        out.float(), reference(moved, window), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_triton_runs_and_is_right_on_this_device() -> None:
+    pytest.importorskip("triton")
+    assert attention_cuda.triton_available(), "see the warning in the log"
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [DECODES, CHUNKS, DECODES + CHUNKS, [(1, 1)], [(2, 2)]])
+def test_half_precision_equals_plain_attention(
+    name: str, dtype: torch.dtype, rows: list[tuple[int, int]]
+) -> None:
+    check(random_case(rows, page=256, unread=0.0), dtype, name)
+
+
+@pytest.mark.parametrize("page", [16, 48, 64, 256])
+def test_triton_in_float32_and_any_page(page: int) -> None:
+    check(random_case(DECODES + CHUNKS, page=page), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+@pytest.mark.parametrize("window", [1, 64, 100, 1_000])
+def test_windows(name: str, window: int) -> None:
+    case = random_case(DECODES + CHUNKS, page=256, unread=0.0)
+    check(case, torch.bfloat16, name, window)
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (32, 8), (32, 4), (64, 2), (6, 6)])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_any_heads(name: str, heads: int, kv_heads: int, head_size: int) -> None:
+    rows = [(1, 300), (1, 40), (60, 300)]
+    case = random_case(
+        rows, heads=heads, kv_heads=kv_heads, head_size=head_size, page=256, unread=0.0
+    )
+    check(case, torch.bfloat16, name)
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+def test_long_contexts_and_shared_pages(name: str) -> None:
+    rows = [(1, 40_000), (1, 33_000), (1, 513), (300, 20_000)]
+    check(random_case(rows, page=256, shared_pages=2, unread=0.0), torch.bfloat16, name)
+
+
+def test_triton_sums_a_row_in_the_same_order_alone_and_in_a_batch() -> None:
+    attention = backend_named("triton")
+    case = random_case([(1, 3_000)] * 40, page=256).to("cuda", torch.bfloat16)
+    case.q[:] = case.q[0]
+    case.batch.block_tables[:] = case.batch.block_tables[0].clone()
+    pages = (case.k_pages, case.v_pages)
+    together = attention(case.q, *pages, case.batch, case.scale, None)
+    assert (together == together[0]).all()
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+def test_a_captured_launch_serves_other_contexts(name: str) -> None:
+    attention = backend_named(name)
+    first = random_case([(1, 600)] * 8, page=256, unread=0.0).to("cuda", torch.bfloat16)
+    pages = (first.k_pages, first.v_pages)
+    attention(first.q, *pages, first.batch, first.scale, None)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(first.q, *pages, first.batch, first.scale, None)
+    contexts = [1, 2, 255, 256, 257, 511, 512, 600]
+    first.batch.context_lengths.copy_(torch.tensor(contexts, dtype=torch.int32))
+    first.batch.contexts[:] = contexts
+    graph.replay()
+    torch.testing.assert_close(out.float(), reference(first), atol=3e-2, rtol=3e-2)
