@@ -112,13 +112,18 @@ class FakeEngine:
             raise refusal
         self.live += 1
         wanted = rest.get("prompt_logprobs")
-        generation = FakeGeneration(self, number, prompt, list(settings), wanted)
+        generation = self.generation(number, prompt, list(settings), wanted)
         self.generations.append(generation)
         try:
             yield generation
         finally:
             self.live -= 1
-            generation.unfinished.clear()
+            generation.close()
+
+    def generation(
+        self, number: int, prompt: list[int], settings: list[SamplingSettings], wanted: object
+    ) -> FakeGeneration:
+        return FakeGeneration(self, number, prompt, settings, wanted)
 
     @property
     def busy(self) -> int:
@@ -159,6 +164,9 @@ class FakeGeneration:
                     self.unfinished.discard(output.choice)
                 return output
         raise StopAsyncIteration
+
+    def close(self) -> None:
+        self.unfinished.clear()
 
     def stop(self, choice: int) -> None:
         self.engine.stopped.append((self.number, choice))
