@@ -1,10 +1,11 @@
-"""One step's rows as tensors: views of buffers that are allocated once."""
+"""One step's rows as tensors: what to compute, where keys go, which logits are wanted."""
 
-# T tokens, S rows, B blocks a row, R wanted logits
+# T tokens, S rows (sequences), B pages of the widest table, R rows of logits
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,58 +13,51 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class BatchRow:
-    """What one sequence computes in a step. Keys 0..start-1 are in the cache already."""
+    """Tokens of one sequence from position ``start`` on; the keys before it are in the cache.
+
+    ``num_logits`` last tokens want logits: 0 for a prompt chunk that samples nothing, 1 to sample.
+    """
 
     tokens: list[int]
-    start: int  # position of tokens[0]
+    start: int
     block_table: list[int]
-    num_logits: int = 1  # of the last tokens: 0 samples nothing, len(tokens) for prompt logprobs
+    num_logits: int
 
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of one token (decodes) come first. The lists stay on the host: no synchronisation."""
+    """Rows of one token come first (``num_decodes`` of them). The lists spare synchronisation."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_blocks: Tensor  # [T] int64, page each token's K and V go to
-    slot_offsets: Tensor  # [T] int64, place in that page
+    slot_blocks: Tensor  # [T] int64: the page each token's key goes to
+    slot_offsets: Tensor  # [T] int64: and its place in it
     query_starts: Tensor  # [S + 1] int32
-    context_lengths: Tensor  # [S] int32, keys visible with this step's
+    context_lengths: Tensor  # [S] int32: keys visible to a row's last token, this step's included
     block_tables: Tensor  # [S, B] int32
-    logit_rows: Tensor  # [R] int64, rows of T
+    logit_rows: Tensor  # [R] int64
     num_decodes: int
     query_lengths: list[int]
     contexts: list[int]
-    block_lists: list[list[int]]
+    tables: list[list[int]]  # each row's pages, as many as its context fills
     block_size: int
+    # What a cache or an attention backend works out once a step and reads in every layer.
+    prepared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
-        return self.token_ids.shape[0]
+        return self.token_ids.size(0)
 
-    def without_decodes(self) -> Batch:
-        """The prompt chunks alone, where another path serves the decoding rows."""
-        first = self.num_decodes
-        return Batch(
-            token_ids=self.token_ids[first:],
-            positions=self.positions[first:],
-            slot_blocks=self.slot_blocks[first:],
-            slot_offsets=self.slot_offsets[first:],
-            query_starts=self.query_starts[first:] - first,
-            context_lengths=self.context_lengths[first:],
-            block_tables=self.block_tables[first:],
-            logit_rows=self.logit_rows,
-            num_decodes=0,
-            query_lengths=self.query_lengths[first:],
-            contexts=self.contexts[first:],
-            block_lists=self.block_lists[first:],
-            block_size=self.block_size,
-        )
+    @property
+    def num_logits(self) -> int:
+        return self.logit_rows.size(0)
 
 
 class BatchBuilder:
-    """Turns rows into a ``Batch``; asserts that rows of one token lead."""
+    """Lays rows out in buffers allocated once; a batch is views of them, valid until the next one.
+
+    To a device goes one copy a step, from pinned memory.
+    """
 
     def __init__(
         self,
@@ -71,75 +65,141 @@ class BatchBuilder:
         max_rows: int,
         max_blocks: int,
         block_size: int,
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.max_tokens, self.max_rows, self.max_blocks = max_tokens, max_rows, max_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        pinned = self.device.type == "cuda"
-        self._tokens = torch.empty(5, max_tokens, dtype=torch.int64, pin_memory=pinned)
-        self._rows = torch.empty(2, max_rows + 1, dtype=torch.int32, pin_memory=pinned)
-        self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, pin_memory=pinned)
+        self._staging = [_Buffers(self, torch.device("cpu"))]
+        self._buffers = self._staging[0]
+        if self.device.type == "cuda":
+            # Two, so that one can be written while the other's copy is still under way.
+            self._staging.append(_Buffers(self, torch.device("cpu")))
+            self._buffers = _Buffers(self, self.device)
 
     def build(self, rows: list[BatchRow]) -> Batch:
-        """One copy of small integers to the device, whatever the number of rows."""
-        counts = [len(row.tokens) for row in rows]
-        contexts = [row.start + count for row, count in zip(rows, counts, strict=True)]
-        num_decodes = _leading_ones(counts)
-        assert all(count != 1 for count in counts[num_decodes:]), "rows of one token come first"
-        total, wanted = sum(counts), self._fill_tokens(rows, counts)
-        self._rows[0, : len(rows) + 1] = torch.tensor([0, *_running(counts)], dtype=torch.int32)
-        self._rows[1, : len(rows)] = torch.tensor(contexts, dtype=torch.int32)
-        width = self._fill_tables(rows)
-        return Batch(
-            token_ids=self._on_device(self._tokens[0, :total]),
-            positions=self._on_device(self._tokens[1, :total]),
-            slot_blocks=self._on_device(self._tokens[2, :total]),
-            slot_offsets=self._on_device(self._tokens[3, :total]),
-            query_starts=self._on_device(self._rows[0, : len(rows) + 1]),
-            context_lengths=self._on_device(self._rows[1, : len(rows)]),
-            block_tables=self._on_device(self._tables[: len(rows), :width].contiguous()),
-            logit_rows=self._on_device(self._tokens[4, :wanted]),
+        """Rows of one token first, longer ones after them."""
+        lengths = [len(row.tokens) for row in rows]
+        num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(rows))
+        assert all(n > 1 for n in lengths[num_decodes:]), "rows of one token come first"
+        assert 0 < sum(lengths) <= self.max_tokens, f"{sum(lengths)} tokens"
+        assert 0 < len(rows) <= self.max_rows, f"{len(rows)} rows"
+        contexts = [row.start + n for row, n in zip(rows, lengths, strict=True)]
+        tables = [
+            row.block_table[: -(-context // self.block_size)]
+            for row, context in zip(rows, contexts, strict=True)
+        ]
+        assert max(map(len, tables)) <= self.max_blocks, "a block table is too long"
+        return self._batch(rows, lengths, contexts, tables, num_decodes)
+
+    def _batch(
+        self,
+        rows: list[BatchRow],
+        lengths: list[int],
+        contexts: list[int],
+        tables: list[list[int]],
+        num_decodes: int,
+    ) -> Batch:
+        staging = self._staging[0]
+        self._staging.append(self._staging.pop(0))
+        staging.wait()
+        num_logits = staging.write(rows, lengths, contexts, tables)
+        if staging is not self._buffers:
+            self._buffers.copy_from(staging)
+        return self._buffers.batch(
+            sum(lengths),
+            len(rows),
+            max(map(len, tables)),
+            num_logits,
             num_decodes=num_decodes,
-            query_lengths=counts,
+            query_lengths=lengths,
             contexts=contexts,
-            block_lists=[row.block_table for row in rows],
+            tables=tables,
             block_size=self.block_size,
         )
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
-    def _fill_tokens(self, rows: list[BatchRow], counts: list[int]) -> int:
-        ids: list[int] = []
-        positions: list[int] = []
-        blocks: list[int] = []
-        wanted: list[int] = []
-        size = self.block_size
-        for row, count in zip(rows, counts, strict=True):
-            ids += row.tokens
-            positions += range(row.start, row.start + count)
-            blocks += [row.block_table[p // size] for p in range(row.start, row.start + count)]
-            wanted += range(len(ids) - row.num_logits, len(ids))
-        total = len(ids)
-        self._tokens[:3, :total] = torch.tensor([ids, positions, blocks])
-        torch.remainder(self._tokens[1, :total], size, out=self._tokens[3, :total])
-        self._tokens[4, : len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
-        return len(wanted)
+class _Buffers:
+    """Every tensor of a batch at its largest, in one storage."""
 
-    def _fill_tables(self, rows: list[BatchRow]) -> int:
-        width = max(len(row.block_table) for row in rows)
-        padded = [row.block_table + [0] * (width - len(row.block_table)) for row in rows]
-        self._tables[: len(rows), :width] = torch.tensor(padded, dtype=torch.int32)
-        return width
+    def __init__(self, sizes: BatchBuilder, device: torch.device) -> None:
+        tokens, rows = sizes.max_tokens, sizes.max_rows
+        self.block_size = sizes.block_size
+        self.copied: torch.cuda.Event | None = None
+        wide = 5 * tokens  # five int64 a token, then the int32 ones, two to a place
+        narrow = 2 * rows + 1 + rows * sizes.max_blocks
+        self.storage = torch.zeros(
+            wide + (narrow + 1) // 2,
+            dtype=torch.int64,
+            device=device,
+            pin_memory=device.type == "cpu" and sizes.device.type == "cuda",
+        )
+        self.tokens, self.positions, self.blocks, self.offsets, self.logits = (
+            self.storage[:wide].view(5, tokens).unbind()
+        )
+        small = self.storage[wide:].view(torch.int32)
+        self.starts, self.contexts = small[: rows + 1], small[rows + 1 : 2 * rows + 1]
+        self.tables = small[2 * rows + 1 : narrow]
 
+    def wait(self) -> None:
+        """Until the device has read what was written here last."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
-def _leading_ones(counts: list[int]) -> int:
-    return next((i for i, count in enumerate(counts) if count != 1), len(counts))
+    def write(
+        self,
+        rows: list[BatchRow],
+        lengths: list[int],
+        contexts: list[int],
+        tables: list[list[int]],
+    ) -> int:
+        """Fills the buffers and returns how many logits are wanted."""
+        start, wanted, starts = 0, 0, [0]
+        for row, length, context in zip(rows, lengths, contexts, strict=True):
+            end = start + length
+            self._write_row(row, start, end, context)
+            self._write_logits(wanted, end, row.num_logits)
+            wanted, start = wanted + row.num_logits, end
+            starts.append(end)
+        self.starts[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
+        self.contexts[: len(contexts)] = torch.tensor(contexts, dtype=torch.int32)
+        widest = max(map(len, tables))
+        padded = [table + [0] * (widest - len(table)) for table in tables]
+        flat = torch.tensor(padded, dtype=torch.int32).flatten()
+        self.tables[: flat.numel()] = flat
+        return wanted
 
+    def _write_row(self, row: BatchRow, start: int, end: int, context: int) -> None:
+        if end == start + 1:
+            self.tokens[start], self.positions[start] = row.tokens[0], row.start
+            self.blocks[start] = row.block_table[row.start // self.block_size]
+            self.offsets[start] = row.start % self.block_size
+            return
+        positions = torch.arange(row.start, context)
+        self.tokens[start:end] = torch.tensor(row.tokens)
+        self.positions[start:end] = positions
+        self.blocks[start:end] = torch.tensor(row.block_table)[positions // self.block_size]
+        self.offsets[start:end] = positions % self.block_size
 
-def _running(counts: list[int]) -> list[int]:
-    sums, total = [], 0
-    for count in counts:
-        total += count
-        sums.append(total)
-    return sums
+    def _write_logits(self, wanted: int, end: int, count: int) -> None:
+        if count:
+            self.logits[wanted : wanted + count] = torch.arange(end - count, end)
+
+    def copy_from(self, staging: _Buffers) -> None:
+        self.storage.copy_(staging.storage, non_blocking=True)
+        if staging.copied is None:
+            staging.copied = torch.cuda.Event()
+        staging.copied.record()
+
+    def batch(self, tokens: int, rows: int, widest: int, logits: int, **lists: Any) -> Batch:
+        return Batch(
+            token_ids=self.tokens[:tokens],
+            positions=self.positions[:tokens],
+            slot_blocks=self.blocks[:tokens],
+            slot_offsets=self.offsets[:tokens],
+            query_starts=self.starts[: rows + 1],
+            context_lengths=self.contexts[:rows],
+            block_tables=self.tables[: rows * widest].view(rows, widest),
+            logit_rows=self.logits[:logits],
+            **lists,
+        )

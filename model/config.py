@@ -1,53 +1,45 @@
-"""What a checkpoint says of its network, checked and put in pronk's own terms.
+"""What a network is made of, read from a Hugging Face config. Imports no torch.
 
-One door: ``ModelConfig.from_huggingface``. The loaders of other formats translate into that shape.
+The other formats' loaders translate what they find into the same keys and come through the same
+door, ``ModelConfig.from_huggingface``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KNOWN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
-DTYPES = ("float32", "bfloat16", "float16")
-MAX_SIZE = 1 << 24  # a dimension past it is a damaged file, not a model
+from model.rope_config import InvalidConfig, Keys, RopeConfig, read_rope
 
+__all__ = ["InvalidConfig", "ModelConfig", "RopeConfig", "UnsupportedModel"]
 
-class InvalidConfig(ValueError):
-    """The configuration is damaged or asks for what no Llama does; the text names the key."""
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # conversions from before transformers 4.28
+ARCHITECTURES = tuple(_MODEL_TYPES.values())
+
+_MAX_LAYERS = 1 << 24
+_DTYPES = ("float32", "bfloat16", "float16")
+_MISTRAL_WINDOW = 4096  # transformers' default where the key is absent; null is none
+_DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # likewise, of Llama and Mistral
 
 
 class UnsupportedModel(ValueError):
-    """An architecture pronk does not know, refused by name with the list of those it knows."""
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position: the base and how it is stretched past the context it was trained on."""
-
-    kind: str = "none"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_positions: int = 0  # yarn, llama3: the context before stretching
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    attention_factor: float = 1.0  # yarn: scales cosines and sines
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: whole dimensions bound the ramp
+    """The architecture is not one of those known; the message names both."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family network. ``norm_eps`` is added to a variance."""
+    """A decoder of the Llama family. ``windows`` holds one entry a layer; None sees everything.
+
+    A window w lets a token see itself and the w - 1 before it. ``max_positions`` is how far the
+    network was made to reach, rotary scaling included.
+    """
 
     architecture: str
     vocab_size: int
@@ -65,190 +57,147 @@ class ModelConfig:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[int | None, ...]  # sliding window of each layer, None: full attention
+    windows: tuple[int | None, ...]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    dtype: str  # the checkpoint's own
+    dtype: str
 
     @classmethod
     def from_huggingface(
         cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
     ) -> ModelConfig:
-        """Read ``config.json`` (and ``generation_config.json``, which may know more end tokens).
-
-        Raises ``UnsupportedModel`` for an architecture pronk does not know, ``InvalidConfig`` for
-        a value that is missing or makes no sense.
-        """
+        """Raises UnsupportedModel for a foreign architecture, InvalidConfig for odd values."""
+        if not isinstance(config, Mapping):
+            raise InvalidConfig(f"the config is a {type(config).__name__}, not a table")
         architecture = _architecture(config)
-        read = _Reader(config)
-        heads = read.size("num_attention_heads")
-        hidden = read.size("hidden_size")
-        head_size = _head_size(read, hidden, heads)
-        num_layers = read.size("num_hidden_layers")
-        kv_heads = read.size("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise InvalidConfig(f"{heads} query heads do not divide over {kv_heads} kv heads")
-        if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise InvalidConfig(f"hidden_act is {act!r}: only silu is a Llama's")
-        max_positions = read.size("max_position_embeddings", 2048)
-        attention_bias = bool(config.get("attention_bias", False))
-        is_qwen2 = architecture == "Qwen2ForCausalLM"
+        keys = Keys(config)
+        _check_activation(keys)
+        num_heads, hidden = keys.count("num_attention_heads"), keys.count("hidden_size")
+        num_kv_heads = keys.count("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise InvalidConfig(f"{num_heads} heads cannot share {num_kv_heads} key heads evenly")
+        head_size = _head_size(keys, hidden, num_heads, architecture)
+        num_layers = keys.count("num_hidden_layers", limit=_MAX_LAYERS)
+        vocab_size = keys.count("vocab_size")
+        rope, max_positions = read_rope(keys, head_size)
+        qkv_bias, output_bias, mlp_bias = _biases(keys, architecture)
+        bos, eos = _special_ids(keys, generation_config, architecture, vocab_size)
         return cls(
             architecture=architecture,
-            vocab_size=read.size("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=read.size("intermediate_size"),
+            intermediate_size=keys.count("intermediate_size"),
             num_layers=num_layers,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             head_size=head_size,
             max_positions=max_positions,
-            norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope=_rope(config, max_positions),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or is_qwen2,
-            output_bias=attention_bias and not is_qwen2,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            norm_eps=keys.number("rms_norm_eps", 1e-6, above=0.0, below=1.0),
+            rope=rope,
+            tie_embeddings=keys.flag("tie_word_embeddings"),
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            mlp_bias=mlp_bias,
             qk_norm=architecture == "Qwen3ForCausalLM",
-            windows=_windows(architecture, config, num_layers),
-            bos_token_id=_first_id(config.get("bos_token_id")),
-            eos_token_ids=_end_ids(config, generation_config or {}),
-            dtype=_dtype(config),
+            windows=_windows(keys, architecture, num_layers),
+            bos_token_id=bos,
+            eos_token_ids=eos,
+            dtype=_dtype(keys),
         )
 
 
-class _Reader:
-    """Reads numbers and says which key was wrong."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self._config.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise InvalidConfig(f"the config has no {key}")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
-            raise InvalidConfig(f"{key} is {value!r}: a count from 1 to {MAX_SIZE} is needed")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self._config.get(key)
-        return default if value is None else _positive(key, value)
-
-
-def _positive(key: str, value: object) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
-        raise InvalidConfig(f"{key} is {value!r}: a positive number is needed")
-    return float(value)  # type: ignore[arg-type]
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
-    named = config.get("architectures") or []
-    name = named[0] if isinstance(named, list) and named else None
-    if name is None:
-        kinds = {"llama": 0, "mistral": 1, "qwen2": 2, "qwen3": 3}
-        kind = config.get("model_type")
-        name = KNOWN_ARCHITECTURES[kinds[kind]] if kind in kinds else f"model_type {kind!r}"
-    if name not in KNOWN_ARCHITECTURES:
-        known = ", ".join(KNOWN_ARCHITECTURES)
-        raise UnsupportedModel(f"{name} is not a model pronk can run; it runs {known}")
-    return str(name)
+    names = config.get("architectures") or [_MODEL_TYPES.get(str(config.get("model_type")))]
+    name = names[0] if isinstance(names, list) and names else None
+    if name is None and config.get("model_type"):
+        name = f"model type {config['model_type']}"
+    if not isinstance(name, str):
+        raise InvalidConfig("the config names no architecture")
+    name = _ALIASES.get(name, name)
+    if name not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"the architecture {name} is not supported; known are {', '.join(ARCHITECTURES)}"
+        )
+    return name
 
 
-def _head_size(read: _Reader, hidden: int, heads: int) -> int:
-    size = read.size("head_dim", max(1, hidden // heads))
+def _check_activation(keys: Keys) -> None:
+    activation = keys.value("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):
+        raise InvalidConfig(f"hidden_act is {activation!r}: networks of this family use silu")
+    if keys.value("num_local_experts") or keys.value("num_experts"):
+        raise UnsupportedModel(
+            "mixtures of experts are not supported; known are " + ", ".join(ARCHITECTURES)
+        )
+
+
+def _head_size(keys: Keys, hidden: int, num_heads: int, architecture: str) -> int:
+    if keys.value("head_dim") is None and architecture == "Qwen3ForCausalLM":
+        return 128  # transformers' default
+    if keys.value("head_dim") is None and hidden % num_heads:
+        raise InvalidConfig(f"hidden_size {hidden} is no multiple of {num_heads} heads")
+    size = keys.count("head_dim", max(hidden // num_heads, 1))
     if size % 2:
-        raise InvalidConfig(f"a head size of {size} is odd: rotary positions turn pairs")
+        raise InvalidConfig(f"heads are {size} wide: rotary embeddings turn pairs, so it is even")
     return size
 
 
-def _windows(
-    architecture: str, config: Mapping[str, Any], num_layers: int
-) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if architecture == "LlamaForCausalLM" or window is None:
-        return (None,) * num_layers
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InvalidConfig(f"sliding_window is {window!r}: a count of tokens is needed")
+def _biases(keys: Keys, architecture: str) -> tuple[bool, bool, bool]:
+    """(q, k and v; o; MLP), as transformers builds each family."""
+    if architecture == "Qwen2ForCausalLM":
+        return True, False, False
     if architecture == "MistralForCausalLM":
-        return (window,) * num_layers
-    if not config.get("use_sliding_window", False):
+        return False, False, False
+    attention = keys.flag("attention_bias")
+    return attention, attention, architecture == "LlamaForCausalLM" and keys.flag("mlp_bias")
+
+
+def _windows(keys: Keys, architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
-    if kinds := config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = config.get("max_window_layers", 28)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
+    if architecture == "MistralForCausalLM":
+        window = keys.value("sliding_window", _MISTRAL_WINDOW)
+        return (None if window is None else keys.count("sliding_window", window),) * num_layers
+    if not keys.flag("use_sliding_window") or keys.value("sliding_window", 4096) is None:
+        return (None,) * num_layers
+    window = keys.count("sliding_window", 4096)
+    return tuple(window if slides else None for slides in _sliding_layers(keys, num_layers))
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """Both the old ``rope_scaling`` + ``rope_theta`` and transformers 5's ``rope_parameters``."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(said, Mapping):
-        raise InvalidConfig(f"rope_scaling is {said!r}: an object is needed")
-    theta = _positive("rope_theta", said.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = said.get("rope_type", said.get("type", "default"))
-    kind = "none" if kind in ("default", "none", None) else kind
-    if kind not in ROPE_KINDS:
-        raise InvalidConfig(f"rope type {kind!r} is not known; pronk has {', '.join(ROPE_KINDS)}")
-    if (
-        said.get("partial_rotary_factor", 1.0) != 1.0
-        or config.get("partial_rotary_factor", 1.0) != 1.0
-    ):
-        raise InvalidConfig("partial rotary embeddings are not a Llama's")
-    if kind == "none":
-        return RopeConfig(theta=theta)
-    original = said.get("original_max_position_embeddings") or max_positions
-    factor = said.get("factor")
-    if factor is None and kind == "yarn":
-        factor = max_positions / original
-    factor = _positive("rope_scaling.factor", factor)
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        factor=factor,
-        original_max_positions=int(_positive("original_max_position_embeddings", original)),
-        low_freq_factor=_positive("low_freq_factor", said.get("low_freq_factor", 1.0)),
-        high_freq_factor=_positive("high_freq_factor", said.get("high_freq_factor", 4.0)),
-        attention_factor=_attention_factor(said, factor) if kind == "yarn" else 1.0,
-        beta_fast=_positive("beta_fast", said.get("beta_fast") or 32.0),
-        beta_slow=_positive("beta_slow", said.get("beta_slow") or 1.0),
-        truncate=bool(said.get("truncate", True)),
-    )
+def _sliding_layers(keys: Keys, num_layers: int) -> list[bool]:
+    """Qwen's: the layers named so, or those from ``max_window_layers`` on."""
+    types = keys.value("layer_types")
+    if types is None:
+        first = keys.count("max_window_layers", 28, least=0)
+        return [layer >= first for layer in range(num_layers)]
+    known = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise InvalidConfig(f"layer_types does not name {num_layers} layers")
+    for kind in types:
+        if kind not in known:
+            raise InvalidConfig(f"layer_types names {kind!r}, which is not supported")
+    return [known[kind] for kind in types]
 
 
-def _attention_factor(said: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature on attention (Peng et al. 2023, section 3.4), by mscale where given."""
-    if (given := said.get("attention_factor")) is not None:
-        return _positive("attention_factor", given)
+def _special_ids(
+    keys: Keys, generation_config: Mapping[str, Any] | None, architecture: str, vocab_size: int
+) -> tuple[int | None, tuple[int, ...]]:
+    """The begin token, and every end token either file names, in that order."""
+    has_defaults = architecture in ("LlamaForCausalLM", "MistralForCausalLM")
+    files = [keys, Keys(generation_config or {})]
 
-    def grown(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+    def stated(name: str) -> list[int]:
+        found = [token for file in files for token in file.token_ids(name)]
+        if not found and has_defaults and not any(file.has(name) for file in files):
+            found = [_DEFAULT_IDS[name]]
+        return [token for token in dict.fromkeys(found) if 0 <= token < vocab_size]
 
-    mscale, all_dim = said.get("mscale"), said.get("mscale_all_dim")
-    if mscale and all_dim:
-        return grown(mscale) / grown(all_dim)
-    return grown(1.0)
-
-
-def _ids(value: object) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+    return next(iter(stated("bos_token_id")), None), tuple(stated("eos_token_id"))
 
 
-def _first_id(value: object) -> int | None:
-    return next(iter(_ids(value)), None)
-
-
-def _end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    found = [*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]
-    return tuple(dict.fromkeys(found))
-
-
-def _dtype(config: Mapping[str, Any]) -> str:
-    named = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
-        "torch."
-    )
-    return named if named in DTYPES else "float32"
+def _dtype(keys: Keys) -> str:
+    stated = keys.value("dtype") or keys.value("torch_dtype") or "float32"
+    name = str(stated).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InvalidConfig(f"dtype is {name!r}: one of {', '.join(_DTYPES)} is needed")
+    return name

@@ -1,4 +1,6 @@
-"""Keys and values in pages: [num_blocks, num_kv_heads, block_size, head_size], one pair a layer."""
+"""Keys and values of all layers in pages that sequences own, share and hand on."""
+
+# N pages, K key heads, P tokens a page, D head size
 
 from __future__ import annotations
 
@@ -10,17 +12,12 @@ from model.config import ModelConfig
 from model.parallel import ParallelGroup
 
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one page over all layers, keys and values."""
-    values = config.num_layers * 2 * config.num_kv_heads * block_size * config.head_size
-    return values * dtype.itemsize
-
-
 class KVCache:
-    """Head-major pages: a decoding row reads each head's keys as one contiguous run.
+    """``keys[layer]`` and ``values[layer]`` are pages [N, K, P, D]: within a page a head's tokens lie
+    side by side, which is what decoding reads.
 
-    Block 0 is never given out; padding writes there. Memory is zeroed: whatever attention reads
-    past a sequence's end is masked, but must not be NaN.
+    Both are views of one storage a layer, so that a step writes them with one operation. Page 0 is
+    never given out: padding is written there.
     """
 
     def __init__(
@@ -32,28 +29,49 @@ class KVCache:
         device: torch.device | str,
         group: ParallelGroup | None = None,
     ) -> None:
-        kv_heads = (group or ParallelGroup()).share(config.num_kv_heads)
-        shape = (num_blocks, kv_heads, block_size, config.head_size)
+        group = group or ParallelGroup()
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.keys = [
+        self.num_kv_heads = group.share(config.num_kv_heads, "key heads")
+        shape = (2, num_blocks, self.num_kv_heads, block_size, config.head_size)
+        # Zeros, not whatever was there: what is masked must still be a number.
+        self._layers = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
         ]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
+        self.keys = [layer[0] for layer in self._layers]
+        self.values = [layer[1] for layer in self._layers]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
-        """Store k and v, [T, KV, D], of the batch's tokens."""
-        self.keys[layer][batch.slot_blocks, :, batch.slot_offsets] = k
-        self.values[layer][batch.slot_blocks, :, batch.slot_offsets] = v
+    def write(self, layer: int, keys_values: Tensor, batch: Batch) -> None:
+        """Stores [T, 2 K, D], keys before values, at the batch's slots."""
+        rows = self._layers[layer].view(-1, keys_values.size(-1))
+        rows.index_copy_(0, self._slots(batch), keys_values.reshape(-1, keys_values.size(-1)))
+
+    def _slots(self, batch: Batch) -> Tensor:
+        """Where each token's heads go among all rows of D numbers: [T * 2 K]; once a step."""
+        key = (KVCache, self.num_blocks)
+        slots: Tensor | None = batch.prepared.get(key)
+        if slots is None:
+            heads = torch.arange(2 * self.num_kv_heads, device=batch.positions.device)
+            part, head = heads // self.num_kv_heads, heads % self.num_kv_heads
+            pages = part * self.num_blocks + batch.slot_blocks.unsqueeze(1)
+            slots = (pages * self.num_kv_heads + head) * self.block_size
+            slots = (slots + batch.slot_offsets.unsqueeze(1)).flatten()
+            batch.prepared[key] = slots
+        return slots
 
     def copy(self, copies: list[tuple[int, int, int]]) -> None:
-        """(source block, target block, first tokens), in order."""
-        for pages in (*self.keys, *self.values):
-            for source, target, count in copies:
-                pages[target, :, :count] = pages[source, :, :count]
+        """(source page, target page, first n tokens), one after another in list order."""
+        for source, target, tokens in copies:
+            for layer in self._layers:
+                layer[:, target, :, :tokens] = layer[:, source, :, :tokens]
 
     def close(self) -> None:
-        """Give the memory back now."""
-        self.keys.clear()
-        self.values.clear()
+        """Gives the memory back; the cache cannot be used afterwards."""
+        self._layers, self.keys, self.values = [], [], []
+
+
+def bytes_per_block(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, group: ParallelGroup | None = None
+) -> int:
+    """Of one page in all layers, keys and values, on one rank."""
+    heads = (group or ParallelGroup()).share(config.num_kv_heads, "key heads")
+    return 2 * config.num_layers * heads * block_size * config.head_size * dtype.itemsize

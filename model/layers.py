@@ -1,10 +1,8 @@
-"""The parts of a layer: one linear class that knows its parts, and the norm."""
-
-# T tokens, K inputs, N outputs
+"""The pieces a decoder layer is made of: linear layers that know their parts, RMSNorm, embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,112 +14,159 @@ from model.parallel import ParallelGroup
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """Where one tensor of a checkpoint goes. ``shape`` is the checkpoint's, not this rank's."""
+    """A tensor of the checkpoint: its whole shape, and what stores (this rank's share of) it."""
 
     shape: tuple[int, ...]
-    fill: Callable[[Tensor], None]
+    store: Callable[[Tensor], None]
+
+    def fill(self, tensor: Tensor) -> None:
+        """Any dtype and device; cast and copied."""
+        assert tuple(tensor.shape) == self.shape, f"{tuple(tensor.shape)} for {self.shape}"
+        self.store(tensor)
 
 
-class Linear:
-    """y = x W^T + b over one or several stacked parts (QKV, gate and up).
+class Linear(nn.Module):
+    """x @ weight.T + bias over one or several parts stacked into one weight (q, k and v; gate, up).
 
-    ``split`` says how ranks share it: "column" cuts every part's outputs, "row" the inputs (the
-    ranks' results are then summed), None keeps all.
+    Column-sharded: every rank holds a slice of each part's outputs. Row-sharded (``by_rows``): a
+    slice of the inputs, and the ranks' results are summed. ``pack`` re-lays the weight for oneDNN.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
         inputs: int,
-        parts: dict[str, int],
+        parts: Sequence[int],
         *,
-        bias: bool,
+        has_bias: bool = False,
         dtype: torch.dtype,
         device: torch.device,
         group: ParallelGroup,
-        split: str | None = None,
+        by_rows: bool = False,
     ) -> None:
-        self._parts, self._group, self._split = parts, group, split
-        self._inputs = inputs
-        columns = group.share(inputs) if split == "row" else inputs
-        outputs = sum(self._own(size) for size in parts.values())
-        self.weight = torch.empty(outputs, columns, dtype=dtype, device=device)
-        self.bias = torch.zeros(outputs, dtype=dtype, device=device) if bias else None
+        super().__init__()
+        self.inputs, self.parts = inputs, tuple(parts)
+        self.group, self.by_rows = group, by_rows
+        self.target = device
+        local = sum(parts) if by_rows else sum(map(group.share, parts))
+        width = group.share(inputs) if by_rows else inputs
+        self.register_buffer("weight", torch.empty(local, width, dtype=dtype, device="meta"))
+        has_bias = has_bias and not (by_rows and group.rank)  # it is added once
+        bias = torch.empty(local, dtype=dtype, device="meta") if has_bias else None
+        self.register_buffer("bias", bias)
         self._packed: Tensor | None = None
 
-    def _own(self, size: int) -> int:
-        return self._group.share(size) if self._split == "column" else size
-
-    def slots(self) -> dict[str, WeightSlot]:
-        """One slot a part and kind, by the part's Hugging Face name."""
-        found: dict[str, WeightSlot] = {}
-        start = 0
-        for name, size in self._parts.items():
-            end = start + self._own(size)
-            found[f"{name}.weight"] = WeightSlot(
-                (size, self._inputs), self._filler("weight", start, end)
-            )
-            if self.bias is not None:
-                found[f"{name}.bias"] = WeightSlot((size,), self._filler("bias", start, end))
-            start = end
-        return found
-
-    def _filler(self, kind: str, start: int, end: int) -> Callable[[Tensor], None]:
-        def fill(tensor: Tensor) -> None:
-            target = self.weight if kind == "weight" else self.bias
-            assert target is not None
-            target[start:end].copy_(self._shard(tensor, kind))
-
-        return fill
-
-    def _shard(self, tensor: Tensor, kind: str) -> Tensor:
-        if self._group.size == 1 or self._split is None:
-            return tensor
-        if self._split == "column":
-            return tensor.chunk(self._group.size, dim=0)[self._group.rank]
-        if kind == "bias":  # summed over the ranks: only one may add it
-            return tensor if self._group.rank == 0 else torch.zeros_like(tensor)
-        return tensor.chunk(self._group.size, dim=1)[self._group.rank]
-
-    def pack(self) -> None:
-        """Reorder for oneDNN, dropping the source: one pack serves every number of rows."""
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and can_pack():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-            self.weight = torch.empty(0, dtype=self.weight.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N], summed over the ranks where the inputs are split."""
+    def forward(self, x: Tensor) -> Tensor:
         if self._packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self.bias, "none", [], ""
-            )
+            out = _packed_linear(x, self._packed, self.bias, "none", [], "")
         else:
             out = F.linear(x, self.weight, self.bias)
-        return self._group.all_reduce(out) if self._split == "row" else out
+        return self.group.all_reduce(out) if self.by_rows and self.group.size > 1 else out
+
+    def slots(self, names: Sequence[str], has_bias: bool) -> dict[str, WeightSlot]:
+        """``names`` of the parts, in order; ``.weight`` and ``.bias`` are appended."""
+        found = {}
+        for part, name in enumerate(names):
+            size = self.parts[part]
+            found[f"{name}.weight"] = WeightSlot(
+                (size, self.inputs), lambda tensor, part=part: self._fill_weight(part, tensor)
+            )
+            if has_bias:
+                found[f"{name}.bias"] = WeightSlot(
+                    (size,), lambda tensor, part=part: self._fill_bias(part, tensor)
+                )
+        return found
+
+    def _fill_weight(self, part: int, tensor: Tensor) -> None:
+        if self.weight.is_meta:
+            self.weight = torch.empty_like(self.weight, device=self.target)
+        self._rows(self.weight, part).copy_(self._share(part, tensor))
+
+    def _fill_bias(self, part: int, tensor: Tensor) -> None:
+        if self.bias is None:  # another rank adds it
+            return
+        if self.bias.is_meta:
+            self.bias = torch.empty_like(self.bias, device=self.target)
+        share = tensor if self.by_rows else self._share(part, tensor)
+        self._rows(self.bias, part).copy_(share)
+
+    def _share(self, part: int, tensor: Tensor) -> Tensor:
+        if self.by_rows:
+            width = self.group.share(self.inputs)
+            return tensor.narrow(1, self.group.rank * width, width)
+        size = self.group.share(self.parts[part])
+        return tensor.narrow(0, self.group.rank * size, size)
+
+    def _rows(self, stacked: Tensor, part: int) -> Tensor:
+        """Where a part lies in the stacked tensor of this rank."""
+        sizes = self.parts if self.by_rows else [self.group.share(size) for size in self.parts]
+        return stacked.narrow(0, sum(sizes[:part]), sizes[part])
+
+    def pack(self, *, keep_source: bool = False) -> None:
+        """Re-lays the weight for oneDNN where that exists and pays; the source is dropped."""
+        if can_pack(self.weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+            if not keep_source:
+                self.weight = torch.empty_like(self.weight, device="meta")
 
 
-def can_pack() -> bool:
-    """oneDNN's operators are private to PyTorch: use them only where they are."""
-    return bool(
-        torch.backends.mkldnn.enabled
+def can_pack(weight: Tensor) -> bool:
+    """bfloat16 on a CPU whose oneDNN multiplies it; private operators, so asked for by name."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
+def _packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, *pointwise: str | list[float]
+) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *pointwise)
+    return out
+
+
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019: scaled by the root mean square, computed in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    weight: Tensor
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = torch.ones(size, dtype=dtype, device=device)
-        self.eps = eps
-
-    def slot(self) -> WeightSlot:
-        return WeightSlot(tuple(self.weight.shape), lambda tensor: void(self.weight.copy_(tensor)))
+        self.eps, self.target = eps, device
+        self.shape = (size,)
+        self.register_buffer("weight", torch.empty(size, dtype=dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+    def slot(self) -> WeightSlot:
+        return WeightSlot(self.shape, self._fill)
+
+    def _fill(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self.target, self.weight.dtype, copy=True)
 
 
-def void(_: object) -> None:
-    """For lambdas whose value nobody wants."""
+class Embedding(nn.Module):
+    """Token ids to rows of a table; whole on every rank."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.target = device
+        self.register_buffer("weight", torch.empty(rows, size, dtype=dtype, device="meta"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+    def slot(self) -> WeightSlot:
+        return WeightSlot(tuple(self.weight.shape), self._fill)
+
+    def _fill(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self.target, self.weight.dtype, copy=True)

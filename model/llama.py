@@ -1,367 +1,245 @@
-"""The network of Llama and of the families that share its shape (Touvron et al. 2023)."""
+"""The network: tokens in, logits out, keys and values into the cache."""
 
-# T tokens, R wanted logits, H query heads, KV kv heads, D head size
+# T tokens, H query heads, K key heads, D head size, R rows of logits, V vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import kernels
-from model.attention import choose_backend
+from model.attention import attention, choose_backend
 from model.batch import Batch
 from model.config import ModelConfig
-from model.kernels import Kernels, PagedRows
 from model.kv_cache import KVCache
-from model.layers import Linear, RMSNorm
-from model.layers import WeightSlot as WeightSlot
+from model.layers import Embedding, Linear, RMSNorm, WeightSlot
 from model.parallel import ParallelGroup
-from model.rope import rotary_table, rotate
+from model.rope import Rope, rotate, spread
 
-Taps = Callable[[int, Tensor], "Tensor | None"]
+__all__ = ["Llama", "Taps", "WeightSlot"]
 
-
-@dataclass(slots=True)
-class Angles:
-    """Cosines and sines of one batch's positions, [T, D / 2] float32."""
-
-    cosines: Tensor
-    sines: Tensor
-
-
-class Attention:
-    """Self-attention with grouped queries over the paged cache."""
-
-    def __init__(self, model: Llama, layer: int) -> None:
-        config, group = model.config, model.group
-        self.layer, self.model = layer, model
-        self.head_size = config.head_size
-        self.num_heads = group.share(config.num_heads)
-        self.num_kv_heads = group.share(config.num_kv_heads)
-        self.window = config.windows[layer]
-        self.scale = config.head_size**-0.5
-        queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        place = {"dtype": model.dtype, "device": model.device, "group": group}
-        self.qkv = Linear(
-            config.hidden_size,
-            {"q_proj": queries, "k_proj": keys, "v_proj": keys},
-            bias=config.qkv_bias,
-            split="column",
-            **place,  # type: ignore[arg-type]
-        )
-        self.output = Linear(
-            queries,
-            {"o_proj": config.hidden_size},
-            bias=config.output_bias,
-            split="row",
-            **place,  # type: ignore[arg-type]
-        )
-        self.q_norm, self.k_norm = None, None
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_size, config.norm_eps, model.dtype, model.device)
-            self.k_norm = RMSNorm(config.head_size, config.norm_eps, model.dtype, model.device)
-
-    def slots(self) -> dict[str, WeightSlot]:
-        found = self.qkv.slots() | self.output.slots()
-        if self.q_norm is not None and self.k_norm is not None:
-            found |= {"q_norm.weight": self.q_norm.slot(), "k_norm.weight": self.k_norm.slot()}
-        return found
-
-    def attend(self, qkv: Tensor, batch: Batch, cache: KVCache, shared: Shared) -> Tensor:
-        """[T, (H + 2 KV) D] -> [T, H D], before the output projection."""
-        first = 0
-        outputs = []
-        if shared.rows is not None:
-            first = batch.num_decodes
-            outputs.append(self._attend_compiled(qkv[:first], cache, shared.rows))
-        if first < qkv.shape[0]:
-            rest = batch if first == 0 else batch.without_decodes()
-            outputs.append(self._attend_torch(qkv[first:], rest, cache, shared.angles, first))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _attend_compiled(self, qkv: Tensor, cache: KVCache, rows: PagedRows) -> Tensor:
-        assert self.model.kernels is not None
-        return self.model.kernels.paged_attention(
-            qkv,
-            cache.keys[self.layer],
-            cache.values[self.layer],
-            rows,
-            scale=self.scale,
-            window=self.window,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.model.config.norm_eps,
-        )
-
-    def _attend_torch(
-        self, qkv: Tensor, batch: Batch, cache: KVCache, angles: Angles, first: int
-    ) -> Tensor:
-        q, k, v = torch.split(
-            qkv.view(qkv.shape[0], -1, self.head_size),
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads],
-            dim=1,
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cosines, sines = angles.cosines[first:].unsqueeze(1), angles.sines[first:].unsqueeze(1)
-        cache.write(self.layer, rotate(k, cosines, sines), v, batch)
-        out = self.model.backend(
-            rotate(q, cosines, sines),
-            cache.keys[self.layer],
-            cache.values[self.layer],
-            batch,
-            self.scale,
-            self.window,
-        )
-        return out.flatten(1)
-
-
-class FeedForward:
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, model: Llama) -> None:
-        config = model.config
-        place = {"dtype": model.dtype, "device": model.device, "group": model.group}
-        self.gate_up = Linear(
-            config.hidden_size,
-            {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
-            bias=config.mlp_bias,
-            split="column",
-            **place,  # type: ignore[arg-type]
-        )
-        self.down = Linear(
-            config.intermediate_size,
-            {"down_proj": config.hidden_size},
-            bias=config.mlp_bias,
-            split="row",
-            **place,  # type: ignore[arg-type]
-        )
-
-    def slots(self) -> dict[str, WeightSlot]:
-        return self.gate_up.slots() | self.down.slots()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-@dataclass(slots=True)
-class Shared:
-    """What all layers of one forward share."""
-
-    angles: Angles
-    rows: PagedRows | None  # the decoding rows, where compiled kernels serve them
-
-
-class Layer:
-    """Attention and feed-forward, each on a normed copy of the residual stream."""
-
-    def __init__(self, model: Llama, layer: int) -> None:
-        config = model.config
-        self.model = model
-        self.attention_norm = RMSNorm(
-            config.hidden_size, config.norm_eps, model.dtype, model.device
-        )
-        self.attention = Attention(model, layer)
-        self.feed_forward_norm = RMSNorm(
-            config.hidden_size, config.norm_eps, model.dtype, model.device
-        )
-        self.feed_forward = FeedForward(model)
-
-    def slots(self) -> dict[str, WeightSlot]:
-        return {
-            "input_layernorm.weight": self.attention_norm.slot(),
-            "post_attention_layernorm.weight": self.feed_forward_norm.slot(),
-            **_under("self_attn", self.attention.slots()),
-            **_under("mlp", self.feed_forward.slots()),
-        }
-
-    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, shared: Shared) -> Tensor:
-        qkv = self.attention.qkv(self.attention_norm(x))
-        h = x + self.attention.output(self.attention.attend(qkv, batch, cache, shared))
-        return h + self.feed_forward(self.feed_forward_norm(h))
-
-    def compiled(
-        self, x: Tensor, batch: Batch, cache: KVCache, shared: Shared, kernels: Kernels
-    ) -> Tensor:
-        """The same for at most ``MAX_ROWS`` tokens, in four compiled passes; changes ``x``."""
-        attention, mlp, eps = self.attention, self.feed_forward, self.model.config.norm_eps
-        qkv, output = attention.qkv, attention.output
-        rows = kernels.rms_linear(x, self.attention_norm.weight, qkv.weight, qkv.bias, eps)
-        attended = attention.attend(rows, batch, cache, shared)
-        kernels.linear_add(attended, output.weight, output.bias, x)
-        norm = self.feed_forward_norm.weight
-        inner = kernels.rms_gate_up(x, norm, mlp.gate_up.weight, mlp.gate_up.bias, eps)
-        kernels.linear_add(inner, mlp.down.weight, mlp.down.bias, x)
-        return x
+# Called before the first layer (0) and after each one (1 ..) with the residual stream [T, hidden];
+# what it returns, if anything, takes the stream's place.
+Taps: TypeAlias = Callable[[int, Tensor], Tensor | None]
+Angles: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Llama(nn.Module):
-    """The whole network: token ids in a ``Batch`` to logits of the wanted rows."""
+    """Built without memory; filled through ``slots``, then packed, then called."""
 
     def __init__(
         self,
         config: ModelConfig,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
         attention: str = "auto",
         group: ParallelGroup | None = None,
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.group = group or ParallelGroup()
-        self.attention_backend, self.backend = choose_backend(attention, self.device)
-        self.kernels = self._load_kernels()
-        self.embedding = torch.empty(
-            config.vocab_size, config.hidden_size, dtype=dtype, device=device
-        )
-        self.layers = [Layer(self, layer) for layer in range(config.num_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, self.device)
-        self.head: Linear | None = None
-        if not config.tie_embeddings:
-            self.head = Linear(
-                config.hidden_size,
-                {"lm_head": config.vocab_size},
-                bias=False,
-                dtype=dtype,
-                device=self.device,
-                group=self.group,
-            )
-        self._angles = Angles(*self._rotary_table(config.max_positions))
+        self.attention = choose_backend(attention, self.device, dtype, config.head_size)
+        make = _Maker(config, dtype, self.device, self.group, self.attention)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype, self.device)
+        self.layers = nn.ModuleList(Layer(index, make) for index in range(config.num_layers))
+        self.norm = make.norm(config.hidden_size)
+        self.head = make.linear(config.hidden_size, [config.vocab_size], split=False)
+        self.rope = Rope(config.rope, config.head_size, self.device)
 
-    def _load_kernels(self) -> Kernels | None:
-        """Compiled kernels want a CPU, bf16, one device, and a head size they can take."""
-        fits = self.config.head_size % 16 == 0 and self.config.head_size <= kernels.MAX_HEAD_SIZE
-        plain = self.device.type == "cpu" and self.dtype == torch.bfloat16 and self.group.size == 1
-        if not fits or not plain or self.attention_backend != "cpu":
-            return None
-        return kernels.load_kernels()
+    def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
+        """Logits [R, V] float32 of the rows the batch asks for, in its order."""
+        x = self.embedding(batch.token_ids)
+        angles = spread(*self.rope.angles(batch.positions), self.dtype)
+        x = _tapped(taps, 0, x)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, angles, batch, cache)
+            x = _tapped(taps, index + 1, x)
+        return self.logits(x, batch)
 
-    def _rotary_table(self, positions: int) -> tuple[Tensor, Tensor]:
-        config = self.config
-        table = rotary_table(config.rope, config.head_size, positions, config.max_positions)
-        return table[0].to(self.device), table[1].to(self.device)
-
-    # ---- loading
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """[T, hidden] -> [R, V] float32."""
+        if batch.num_logits != batch.num_tokens:
+            x = x.index_select(0, batch.logit_rows)
+        logits: Tensor = self.head(self.norm(x))
+        return logits.float()
 
     def slots(self) -> dict[str, WeightSlot]:
-        """Where each tensor of a checkpoint goes, by its Hugging Face name."""
-        shape = tuple(self.embedding.shape)
-        found = {
-            "model.embed_tokens.weight": WeightSlot(shape, self._fill_embedding),
-            "model.norm.weight": self.norm.slot(),
-        }
-        for number, layer in enumerate(self.layers):
-            found |= _under(f"model.layers.{number}", layer.slots())
-        return found | (self.head.slots() if self.head is not None else {})
-
-    def _fill_embedding(self, tensor: Tensor) -> None:
-        self.embedding.copy_(tensor)
-
-    def pack(self) -> None:
-        """After loading: reorder weights for the matrix library, unless the kernels read them."""
-        if self.kernels is None:
-            for linear in self.linears():
-                linear.pack()
-
-    def linears(self) -> list[Linear]:
-        found = [] if self.head is None else [self.head]
-        for layer in self.layers:
-            attention, mlp = layer.attention, layer.feed_forward
-            found += [attention.qkv, attention.output, mlp.gate_up, mlp.down]
+        """Everything a checkpoint must hold, by its Hugging Face name."""
+        found = {"model.embed_tokens.weight": self._embedding_slot()}
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            prefix = f"model.layers.{index}."
+            found |= {prefix + name: slot for name, slot in layer.slots().items()}
+        found["model.norm.weight"] = self.norm.slot()
+        if not self.config.tie_embeddings:
+            found |= self.head.slots(["lm_head"], has_bias=False)
         return found
 
-    @property
-    def attention(self) -> str:
-        """The path taken, for people: the backend, and whether compiled kernels serve it."""
-        if self.device.type != "cpu" or self.attention_backend != "cpu":
-            return self.attention_backend
-        usable, why = kernels.kernel_status()
-        if self.kernels is not None:
-            return f"cpu with {why}"
-        return f"cpu in PyTorch ({why if not usable else 'kernels need bf16 weights'})"
+    def _embedding_slot(self) -> WeightSlot:
+        slot = self.embedding.slot()
+        return WeightSlot(slot.shape, self._fill_tied) if self.config.tie_embeddings else slot
+
+    def _fill_tied(self, tensor: Tensor) -> None:
+        self.embedding.slot().fill(tensor)
+        self.head.weight = self.embedding.weight
+
+    def pack(self) -> None:
+        """Re-lays the weights for the processor; once, after every slot is filled."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     @property
     def num_parameters(self) -> int:
-        return sum(_product(slot.shape) for slot in self.slots().values())
+        """Of the whole network, all ranks together; tied embeddings count once."""
+        total = sum(torch.Size(slot.shape).numel() for slot in self.slots().values())
+        return total
 
     @property
     def weight_bytes(self) -> int:
+        """What a step over all weights reads, on one rank."""
         return self.num_parameters * self.dtype.itemsize // self.group.size
 
-    # ---- running
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
-        """Logits [R, vocab] float32 of ``batch.logit_rows``, in their order.
+class Layer(nn.Module):
+    """One decoder layer."""
 
-        ``taps(layer, hidden)`` sees the residual stream [T, hidden] before each layer and after the
-        last (layer = num_layers); what it returns, if anything, takes its place.
-        """
-        x = F.embedding(batch.token_ids, self.embedding)
-        shared = self._shared(batch)
-        small = self.kernels is not None and batch.num_tokens <= kernels.MAX_ROWS
-        for number, layer in enumerate(self.layers):
-            x = _tap(taps, number, x)
-            if small:
-                assert self.kernels is not None
-                x = layer.compiled(x, batch, cache, shared, self.kernels)
-            else:
-                x = layer(x, batch, cache, shared)
-        return self._logits(_tap(taps, len(self.layers), x), batch)
+    def __init__(self, index: int, make: _Maker) -> None:
+        super().__init__()
+        self.attention_norm = make.norm(make.config.hidden_size)
+        self.attention = Attention(index, make)
+        self.feed_forward_norm = make.norm(make.config.hidden_size)
+        self.feed_forward = FeedForward(make)
 
-    def _shared(self, batch: Batch) -> Shared:
-        angles = Angles(self._angles.cosines[batch.positions], self._angles.sines[batch.positions])
-        count = batch.num_decodes
-        if self.kernels is None or count == 0:
-            return Shared(angles, None)
-        rows = PagedRows(
-            angles.cosines[:count],
-            angles.sines[:count],
-            batch.block_tables[:count],
-            batch.context_lengths[:count],
-            max(batch.contexts[:count]),
+    def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), angles, batch, cache)
+        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h))
+        return out
+
+    def slots(self) -> dict[str, WeightSlot]:
+        return {
+            "input_layernorm.weight": self.attention_norm.slot(),
+            **self.attention.slots(),
+            "post_attention_layernorm.weight": self.feed_forward_norm.slot(),
+            **self.feed_forward.slots(),
+        }
+
+
+class Attention(nn.Module):
+    """Rotary grouped-query attention over the cache's pages."""
+
+    def __init__(self, index: int, make: _Maker) -> None:
+        super().__init__()
+        config, group = make.config, make.group
+        self.index, self.config, self.backend = index, config, make.attention
+        self.num_heads = group.share(config.num_heads, "heads")
+        self.num_kv_heads = group.share(config.num_kv_heads, "key heads")
+        self.window, self.scale = config.windows[index], config.head_size**-0.5
+        queries, keys = (
+            config.num_heads * config.head_size,
+            config.num_kv_heads * config.head_size,
         )
-        return Shared(angles, rows)
+        self.qkv = make.linear(config.hidden_size, [queries, keys, keys], bias=config.qkv_bias)
+        self.output = make.linear(
+            queries, [config.hidden_size], bias=config.output_bias, by_rows=True
+        )
+        self.q_norm = make.norm(config.head_size) if config.qk_norm else None
+        self.k_norm = make.norm(config.head_size) if config.qk_norm else None
 
-    def _logits(self, x: Tensor, batch: Batch) -> Tensor:
-        wanted = x if _is_everything(batch) else x[batch.logit_rows]
-        weight = self.embedding if self.head is None else self.head.weight
-        if self.kernels is not None and 0 < wanted.shape[0] <= kernels.MAX_ROWS:
-            return self.kernels.rms_linear(
-                wanted.contiguous(),
-                self.norm.weight,
-                weight,
-                None,
-                self.config.norm_eps,
-                torch.float32,
-            )
-        hidden = self.norm(wanted)
-        out = F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
-        return out.float()
+    def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
+        heads, size = self.num_heads, self.config.head_size
+        qkv = self.qkv(x).view(x.size(0), -1, size)  # T, H + 2 K, D
+        turned = qkv[:, : heads + self.num_kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned.split([heads, self.num_kv_heads], 1)
+            turned = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        qkv[:, : heads + self.num_kv_heads] = rotate(turned, *angles)
+        cache.write(self.index, qkv[:, heads:], batch)
+        mixed = attention(
+            qkv[:, :heads],
+            self.index,
+            batch,
+            cache,
+            scale=self.scale,
+            window=self.window,
+            backend=self.backend,
+        )
+        out: Tensor = self.output(mixed.flatten(1))
+        return out
+
+    def slots(self) -> dict[str, WeightSlot]:
+        names = [f"self_attn.{name}_proj" for name in "qkv"]
+        found = self.qkv.slots(names, self.config.qkv_bias)
+        found |= self.output.slots(["self_attn.o_proj"], self.config.output_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            found["self_attn.q_norm.weight"] = self.q_norm.slot()
+            found["self_attn.k_norm.weight"] = self.k_norm.slot()
+        return found
 
 
-def _is_everything(batch: Batch) -> bool:
-    return batch.logit_rows.shape[0] == batch.num_tokens
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, make: _Maker) -> None:
+        super().__init__()
+        config = make.config
+        self.has_bias = config.mlp_bias
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = make.linear(hidden, [inner, inner], bias=config.mlp_bias)
+        self.down = make.linear(inner, [hidden], bias=config.mlp_bias, by_rows=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+    def slots(self) -> dict[str, WeightSlot]:
+        found = self.gate_up.slots(["mlp.gate_proj", "mlp.up_proj"], self.has_bias)
+        return found | self.down.slots(["mlp.down_proj"], self.has_bias)
 
 
-def _tap(taps: Taps | None, layer: int, x: Tensor) -> Tensor:
+class _Maker:
+    """Makes the leaves of one network: what they all share is said once."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ParallelGroup,
+        attention: str,
+    ) -> None:
+        self.config, self.group, self.attention = config, group, attention
+        self._dtype, self._device = dtype, device
+
+    def linear(
+        self,
+        inputs: int,
+        parts: list[int],
+        *,
+        bias: bool = False,
+        by_rows: bool = False,
+        split: bool = True,
+    ) -> Linear:
+        return Linear(
+            inputs,
+            parts,
+            has_bias=bias,
+            dtype=self._dtype,
+            device=self._device,
+            group=self.group if split else ParallelGroup(),
+            by_rows=by_rows,
+        )
+
+    def norm(self, size: int) -> RMSNorm:
+        return RMSNorm(size, self.config.norm_eps, self._dtype, self._device)
+
+
+def _tapped(taps: Taps | None, layer: int, x: Tensor) -> Tensor:
     if taps is None:
         return x
     replaced = taps(layer, x)
     return x if replaced is None else replaced
-
-
-def _under(prefix: str, slots: dict[str, WeightSlot]) -> dict[str, WeightSlot]:
-    return {f"{prefix}.{name}": slot for name, slot in slots.items()}
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -1,6 +1,13 @@
-"""Rotary position embeddings (Su et al. 2021) with every stretching real checkpoints carry.
+"""Rotary position embeddings and the ways they are stretched over longer contexts.
 
-Halves convention, as Hugging Face stores Llama: element i of a head turns with element i + D/2.
+The frequencies equal those of transformers 5.23 (modeling_rope_utils.py), computed in float32.
+
+Decision: dynamic NTK scaling raises the base with the length of the sequence. A key in a paged cache
+may be shared by sequences of any length and is never turned again, so its angle may depend on its
+position alone: position p is turned as transformers turns the last token of a sequence of p + 1
+tokens. That is equal to transformers for every sequence up to ``max_position_embeddings`` and for
+one that grows past it token by token; only a prompt longer than that in one forward differs
+(transformers turns all of it by its final length, and then no longer by the tokens after it).
 """
 
 from __future__ import annotations
@@ -10,75 +17,107 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import RopeConfig
+from model.rope_config import RopeConfig
 
 
-def rotary_table(
-    rope: RopeConfig, head_size: int, num_positions: int, trained_positions: int
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [num_positions, head_size / 2] float32, attention factor included.
+class Rope:
+    """Angles of positions; computed once a step and shared by all layers."""
 
-    ``dynamic`` scaling depends on a sequence's length in the original; a paged cache keeps keys
-    that were turned once, so it is settled here for the longest sequence that will be served
-    (nothing changes up to ``trained_positions``).
-    """
-    frequencies = inverse_frequencies(
-        rope, head_size, max(num_positions, trained_positions), trained_positions
-    )
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    def __init__(self, config: RopeConfig, head_size: int, device: torch.device) -> None:
+        self.config = config
+        self.head_size = head_size
+        self.frequencies = frequencies(config, head_size).to(device)  # [D / 2] float32
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[T] -> cosines and sines, each [T, D / 2] float32."""
+        turns = positions.float().unsqueeze(-1) * self._frequencies_at(positions)
+        cosines, sines = turns.cos(), turns.sin()
+        if self.config.attention_factor != 1.0:
+            cosines *= self.config.attention_factor
+            sines *= self.config.attention_factor
+        return cosines, sines
 
-def inverse_frequencies(
-    rope: RopeConfig, head_size: int, longest: int, trained_positions: int
-) -> Tensor:
-    """Radians a position, [head_size / 2] float32."""
-    theta = rope.theta
-    if rope.kind == "dynamic":
-        stretch = rope.factor * longest / trained_positions - (rope.factor - 1)
-        theta *= stretch ** (head_size / (head_size - 2))
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    plain = 1.0 / (theta**exponents)
-    if rope.kind == "linear":
-        return plain / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(plain, rope)
-    if rope.kind == "yarn":
-        return _yarn(plain, rope, head_size)
-    return plain
-
-
-def _llama3(plain: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1: slow turns are stretched, fast ones kept, those between blended."""
-    lengths = 2 * math.pi / plain
-    original = rope.original_max_positions
-    spread = rope.high_freq_factor - rope.low_freq_factor
-    kept = (original / lengths - rope.low_freq_factor) / spread
-    blended = (1 - kept) * plain / rope.factor + kept * plain
-    stretched = torch.where(lengths > original / rope.low_freq_factor, plain / rope.factor, blended)
-    return torch.where(lengths < original / rope.high_freq_factor, plain, stretched)
-
-
-def _yarn(plain: Tensor, rope: RopeConfig, head_size: int) -> Tensor:
-    """YaRN (Peng et al. 2023): a ramp over the dimensions from kept to stretched."""
-
-    def dimension(turns: float) -> float:
-        """Where a pair turns ``turns`` times over the original context."""
-        ratio = rope.original_max_positions / (turns * 2 * math.pi)
-        return head_size * math.log(ratio) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_size - 1)
-    if low == high:
-        high += 0.001  # as the reference: no division by zero
-    ramp = ((torch.arange(head_size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
+    def _frequencies_at(self, positions: Tensor) -> Tensor:
+        if self.config.kind != "dynamic":
+            return self.frequencies
+        return dynamic_frequencies(self.config, self.head_size, positions + 1)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn [T, heads, D] by [T, 1, D / 2] angles, in float32, back to the dtype of ``x``."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    """[T, heads, D] by [T, 1, D] each: element i turns with element i + D / 2.
+
+    ``sines`` are negative in the first half (see ``spread``), so that a roll by half a head stands
+    for the two signed swaps.
+    """
+    return torch.addcmul(x * cosines, x.roll(x.size(-1) // 2, -1), sines)
+
+
+def spread(cosines: Tensor, sines: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The angles of ``Rope.angles`` as ``rotate`` takes them: [T, 1, D] in ``dtype``."""
+    both = torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)
+    return both[0].to(dtype).unsqueeze(1), both[1].to(dtype).unsqueeze(1)
+
+
+def frequencies(config: RopeConfig, head_size: int) -> Tensor:
+    """Radians a position for each of the head's pairs: [D / 2] float32."""
+    if config.kind == "linear":
+        return _plain(config.theta, head_size) / config.factor
+    if config.kind == "yarn":
+        return _yarn(config, head_size)
+    if config.kind == "llama3":
+        return _llama3(config, head_size)
+    return _plain(config.theta, head_size)
+
+
+def _plain(theta: float, head_size: int) -> Tensor:
+    return 1.0 / (theta ** _exponents(head_size))
+
+
+def _exponents(head_size: int) -> Tensor:
+    return torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+
+
+def dynamic_frequencies(config: RopeConfig, head_size: int, lengths: Tensor) -> Tensor:
+    """Of sequences of those lengths: [T] -> [T, D / 2]."""
+    original, factor = config.original_positions, config.factor
+    reach = lengths.clamp(min=original).double()
+    growth = (factor * reach / original - (factor - 1)) ** (head_size / (head_size - 2))
+    bases = (config.theta * growth).float().unsqueeze(-1)
+    return 1.0 / (bases ** _exponents(head_size).to(lengths.device))
+
+
+def _yarn(config: RopeConfig, head_size: int) -> Tensor:
+    """Fast pairs as they were, slow ones slowed by the factor, a ramp between."""
+    wavelengths = config.theta ** _exponents(head_size)
+    low, high = (_yarn_border(config, head_size, turns) for turns in _borders(config))
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_size - 1)
+    width = high - low if high != low else 0.001
+    ramp = ((torch.arange(head_size // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (config.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+def _borders(config: RopeConfig) -> tuple[float, float]:
+    return config.beta_fast, config.beta_slow
+
+
+def _yarn_border(config: RopeConfig, head_size: int, turns: float) -> float:
+    """The pair that turns so many times within the original context."""
+    wavelength = config.original_positions / (turns * 2 * math.pi)
+    return head_size * math.log(wavelength) / (2 * math.log(config.theta))
+
+
+def _llama3(config: RopeConfig, head_size: int) -> Tensor:
+    """Short waves as they were, long ones slowed by the factor, a smooth change between."""
+    plain = _plain(config.theta, head_size)
+    wavelengths = 2 * math.pi / plain
+    longest = config.original_positions / config.low_freq_factor
+    shortest = config.original_positions / config.high_freq_factor
+    low, high = config.low_freq_factor, config.high_freq_factor
+    share = (config.original_positions / wavelengths - low) / (high - low)
+    smooth = (1 - share) * plain / config.factor + share * plain
+    slowed = torch.where(wavelengths > longest, plain / config.factor, plain)
+    is_between = ~(wavelengths < shortest) & ~(wavelengths > longest)
+    return torch.where(is_between, smooth, slowed)
