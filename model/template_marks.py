@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from model.tokenizer import Tokenizer
-from model.tokenizer.special import AddedToken
+from model.tokenizer.special import AddedToken, any_of
 
 
 class Marked:
@@ -50,11 +50,13 @@ class Marker:
 
 def _starts(tokens: Iterable[AddedToken], eager: bool) -> re.Pattern[str]:
     """Finds first characters: any that is punctuation when eager, else those of whole spellings."""
-    alternatives = {_start(token.text, eager) for token in tokens}
-    return re.compile("|".join(sorted(alternatives)) or "(?!)")
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        rests.setdefault(token.text[0], []).append(token.text[1:])
+    alternatives = (_start(first, any_of(rest), eager) for first, rest in rests.items())
+    return re.compile("|".join(alternatives) or "(?!)")
 
 
-def _start(text: str, eager: bool) -> str:
-    if eager and not (text[0].isalnum() or text[0].isspace()):
-        return re.escape(text[0])
-    return f"{re.escape(text[0])}(?={re.escape(text[1:])})"
+def _start(first: str, rest: str, eager: bool) -> str:
+    is_punctuation = not (first.isalnum() or first.isspace())
+    return re.escape(first) if eager and is_punctuation else f"{re.escape(first)}(?={rest})"

@@ -9,6 +9,7 @@ checkpoint does.
 
 from __future__ import annotations
 
+import os.path
 import re
 import secrets
 from collections.abc import Iterable
@@ -42,8 +43,12 @@ class Spellings:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = {token.text: token for token in tokens}
-        longest_first = sorted(self.tokens, key=len, reverse=True)
-        pattern = "|".join(self._matching(self.tokens[text]) for text in longest_first)
+        words = [text for text, token in self.tokens.items() if token.single_word]
+        parts = [
+            any_of(self.tokens.keys() - words),
+            rf"(?<!\w){any_of(words)}(?!\w)" if words else "",
+        ]
+        pattern = "|".join(filter(None, parts))
         self.pattern = re.compile(f"({pattern})" if pattern else "(?!)()")
         secret = private_characters(3)
         self.private = {
@@ -51,23 +56,34 @@ class Spellings:
         }
 
     def split(self, text: str) -> list[tuple[str, AddedToken | None]]:
-        """The text cut at every spelling; runs of text carry None and may be empty."""
-        runs: list[tuple[str, AddedToken | None]] = []
-        for number, run in enumerate(self.pattern.split(text)):
-            if number % 2:
-                token = self.tokens.get(run) or self.tokens[run.strip()]
-                runs.append((token.text, token))
-            else:
-                runs.append((run, None))
-        return runs
+        """The text cut at every spelling; runs of text carry None and may be empty.
 
-    @staticmethod
-    def _matching(token: AddedToken) -> str:
-        """A token that strips takes the blanks beside it along, as the tokenizers library does."""
-        before = r"\s*" if token.lstrip else ""
-        after = r"\s*" if token.rstrip else ""
-        word = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-        return f"{before}{word[0]}{re.escape(token.text)}{word[1]}{after}"
+        A token that strips takes the blanks beside it along, as the tokenizers library does.
+        """
+        runs = self.pattern.split(text)  # texts at even places, spellings between them
+        cut: list[tuple[str, AddedToken | None]] = [(runs[0], None)]
+        for spelling, following in zip(runs[1::2], runs[2::2], strict=True):
+            token = self.tokens[spelling]
+            if token.lstrip:
+                cut[-1] = (cut[-1][0].rstrip(), None)
+            cut += [(spelling, token), (following.lstrip() if token.rstrip else following, None)]
+        return cut
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A pattern for any of the texts, the longest first, that tries their common beginnings once:
+    plain alternatives cost a text full of ``<`` one attempt for each of hundreds of tokens."""
+    groups: dict[str, list[str]] = {}
+    may_end = False
+    for text in texts:
+        may_end = may_end or not text
+        if text:
+            groups.setdefault(text[0], []).append(text)
+    branches = []
+    for group in groups.values():
+        shared = os.path.commonprefix(group)  # noqa: RUF071 - of texts, not of paths
+        branches.append(re.escape(shared) + any_of(text[len(shared) :] for text in group))
+    return f"(?:{'|'.join(branches)}){'?' if may_end else ''}" if branches else ""
 
 
 def private_characters(count: int, avoid: str = "") -> str:

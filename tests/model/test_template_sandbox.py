@@ -188,6 +188,18 @@ def test_an_honest_template_renders_a_huge_conversation(shared_dir: Path) -> Non
     assert template.encode(messages).count(tokenizer.token_to_id("<|im_end|>") or -1) == 4002
 
 
+@pytest.mark.parametrize("piece", ["<", "<|", "<|im_", "<|im_end|>", " "])
+def test_marking_costs_a_hostile_message_little(shared_dir: Path, piece: str) -> None:
+    tokenizer = load_tokenizer(shared_dir / "models" / "tokenizers" / "smollm2")
+    template = load_chat_template(tokenizer)
+    assert template is not None
+    said = (piece * 400_000)[:400_000]
+    begun = time.thread_time()
+    segments = template.render([{"role": "user", "content": said}])
+    assert time.thread_time() - begun < 1
+    assert said in "".join(segment.text for segment in segments)
+
+
 def test_threads_share_a_template(tokenizer: Tokenizer) -> None:
     template = ChatTemplate(
         "{% for i in range(200) %}{{ messages[0].content }}{% endfor %}", tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from model.tokenizer import TextNotEncodable, Tokenizer, TokenizerError, load_tokenizer
 from model.tokenizer.interface import Segment
+from model.tokenizer.special import any_of
 from tests.model import tiny_tokenizers as tiny
 
 KINDS = [
@@ -307,6 +309,37 @@ def test_sentencepiece_gets_the_configs_tokens(tmp_path: Path) -> None:
     assert tokenizer.decode(ids, False) == "<|im_start|> the sea<|im_end|> the".replace(
         "> t", ">t", 1
     )
+
+
+def test_tokens_that_strip_and_tokens_that_are_words_match_as_the_library_does(
+    tmp_path: Path,
+) -> None:
+    library = tiny.byte_level_library()
+    library.add_special_tokens(
+        [
+            tokenizers.AddedToken("<left>", lstrip=True, normalized=False),
+            tokenizers.AddedToken("<right>", rstrip=True, normalized=False),
+            tokenizers.AddedToken("MASK", single_word=True, normalized=False),
+        ]
+    )
+    tokenizer = load_tokenizer(tiny.write_folder(tmp_path, "tokenizer.json", library))
+    for text in (
+        "a  <left>  b",
+        "a <right> \n b<right>",
+        "aMASK MASK MASKs",
+        " <left><right> MASK",
+    ):
+        runs = tokenizer.spellings.split(text)
+        segments = [Segment(run, token is not None) for run, token in runs]
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode_segments(segments) == ids
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+
+
+@given(st.sets(st.text("<|ab_01>", min_size=1, max_size=6), min_size=1), st.text("<|ab_01>"))
+def test_shared_beginnings_find_what_plain_alternatives_find(texts: set[str], text: str) -> None:
+    plain = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    assert re.findall(any_of(texts), text) == re.findall(plain, text)
 
 
 def test_spaces_are_never_cleaned_up(tmp_path: Path) -> None:

@@ -103,3 +103,40 @@ def test_a_hundred_thousand_characters_take_well_under_a_second(
         begun = time.thread_time()
         tokenizer.encode(text, parse_special=parse_special)
         assert time.thread_time() - begun < 1
+
+
+def gguf_metadata(path: Path, pre: str) -> dict[str, Any]:
+    """What converters write into a GGUF file for a byte-level tokenizer.json."""
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    texts = {number: text for text, number in stated["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, 1)
+    for token in stated["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = 3 if token["special"] else 4
+    merges = stated["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [texts[number] for number in range(len(texts))],
+        "tokenizer.ggml.token_type": [types[number] for number in range(len(texts))],
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"), [("llama3", "llama-bpe"), ("qwen2.5", "qwen2"), ("smollm2", "smollm")]
+)
+def test_a_gguf_vocabulary_gives_the_ids_of_its_tokenizer_json(
+    shared_dir: Path, tokenizer_dir: Path, name: str, pre: str
+) -> None:
+    from model.tokenizer.gguf import from_metadata
+
+    path = tokenizer_dir / name / "tokenizer.json"
+    one, other = load(path), from_metadata(gguf_metadata(path, pre))
+    text = (
+        corpus(shared_dir)[:100_000] + " 1234567  e\u0301 don't DON'T\r\n\n\t<|im_end|><|eot_id|>"
+    )
+    for parse_special in (True, False):
+        ids = one.encode(text, add_special_tokens=False, parse_special=parse_special)
+        assert ids == other.encode(text, add_special_tokens=False, parse_special=parse_special)
+    assert all(one.token_bytes(token) == other.token_bytes(token) for token in set(ids))
