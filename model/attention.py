@@ -93,7 +93,7 @@ def reference(
 def gathered(
     q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int | None
 ) -> Tensor:
-    """Row by row over a copy of its pages; the query heads of a key head are rows of one product."""
+    """Row by row over a copy of its pages; the queries that share a key head are one product."""
     out = torch.empty_like(q)
     start = 0
     for length, context, pages in _rows(batch):

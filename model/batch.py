@@ -21,7 +21,7 @@ class BatchRow:
     tokens: list[int]
     start: int
     block_table: list[int]
-    num_logits: int
+    num_logits: int = 0
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ class _Buffers:
     def copy_from(self, staging: _Buffers) -> None:
         self.storage.copy_(staging.storage, non_blocking=True)
         if staging.copied is None:
-            staging.copied = torch.cuda.Event()
+            staging.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         staging.copied.record()
 
     def batch(self, tokens: int, rows: int, widest: int, logits: int, **lists: Any) -> Batch:

@@ -13,8 +13,9 @@ from model.parallel import ParallelGroup
 
 
 class KVCache:
-    """``keys[layer]`` and ``values[layer]`` are pages [N, K, P, D]: within a page a head's tokens lie
-    side by side, which is what decoding reads.
+    """``keys[layer]`` and ``values[layer]`` are pages [N, K, P, D].
+
+    Within a page a head's tokens lie side by side, which is what decoding reads.
 
     Both are views of one storage a layer, so that a step writes them with one operation. Page 0 is
     never given out: padding is written there.

@@ -1,9 +1,10 @@
-"""The pieces a decoder layer is made of: linear layers that know their parts, RMSNorm, embedding."""
+"""The pieces of a decoder layer: linear layers that know their parts, RMSNorm, the embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,25 +71,24 @@ class Linear(nn.Module):
         found = {}
         for part, name in enumerate(names):
             size = self.parts[part]
-            found[f"{name}.weight"] = WeightSlot(
-                (size, self.inputs), lambda tensor, part=part: self._fill_weight(part, tensor)
-            )
+            weight = WeightSlot((size, self.inputs), partial(self._fill_weight, part))
+            found[f"{name}.weight"] = weight
             if has_bias:
-                found[f"{name}.bias"] = WeightSlot(
-                    (size,), lambda tensor, part=part: self._fill_bias(part, tensor)
-                )
+                found[f"{name}.bias"] = WeightSlot((size,), partial(self._fill_bias, part))
         return found
 
     def _fill_weight(self, part: int, tensor: Tensor) -> None:
         if self.weight.is_meta:
-            self.weight = torch.empty_like(self.weight, device=self.target)
+            self.weight = torch.empty(
+                self.weight.shape, dtype=self.weight.dtype, device=self.target
+            )
         self._rows(self.weight, part).copy_(self._share(part, tensor))
 
     def _fill_bias(self, part: int, tensor: Tensor) -> None:
         if self.bias is None:  # another rank adds it
             return
         if self.bias.is_meta:
-            self.bias = torch.empty_like(self.bias, device=self.target)
+            self.bias = torch.empty(self.bias.shape, dtype=self.bias.dtype, device=self.target)
         share = tensor if self.by_rows else self._share(part, tensor)
         self._rows(self.bias, part).copy_(share)
 
@@ -109,7 +109,7 @@ class Linear(nn.Module):
         if can_pack(self.weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             if not keep_source:
-                self.weight = torch.empty_like(self.weight, device="meta")
+                self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -117,7 +117,7 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and bool(torch._C._has_mkldnn)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

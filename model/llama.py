@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from model.kv_cache import KVCache
 from model.layers import Embedding, Linear, RMSNorm, WeightSlot
 from model.parallel import ParallelGroup
 from model.rope import Rope, rotate, spread
+
+if TYPE_CHECKING:
+    from model.compiled import CompiledDecode
 
 __all__ = ["Llama", "Taps", "WeightSlot"]
 
@@ -48,9 +52,14 @@ class Llama(nn.Module):
         self.norm = make.norm(config.hidden_size)
         self.head = make.linear(config.hidden_size, [config.vocab_size], split=False)
         self.rope = Rope(config.rope, config.head_size, self.device)
+        self.decode: CompiledDecode | None = None  # settled by ``pack``
+        self.path = self.attention  # in words, for the banner
 
     def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
         """Logits [R, V] float32 of the rows the batch asks for, in its order."""
+        if self.decode is not None and taps is None and self.decode.serves(batch):
+            return self.decode.forward(batch, cache)
+        batch.prepared.clear()
         x = self.embedding(batch.token_ids)
         angles = spread(*self.rope.angles(batch.positions), self.dtype)
         x = _tapped(taps, 0, x)
@@ -87,7 +96,15 @@ class Llama(nn.Module):
         self.head.weight = self.embedding.weight
 
     def pack(self) -> None:
-        """Re-lays the weights for the processor; once, after every slot is filled."""
+        """Settles how the weights are read, once every slot is filled.
+
+        The compiled decode path reads them as they lie; without it they are re-laid for oneDNN.
+        """
+        from model.compiled import compile_decode
+
+        self.decode, self.path = compile_decode(self)
+        if self.decode is not None:
+            return
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
@@ -95,8 +112,7 @@ class Llama(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Of the whole network, all ranks together; tied embeddings count once."""
-        total = sum(torch.Size(slot.shape).numel() for slot in self.slots().values())
-        return total
+        return sum(math.prod(slot.shape) for slot in self.slots().values())
 
     @property
     def weight_bytes(self) -> int:

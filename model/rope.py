@@ -2,12 +2,12 @@
 
 The frequencies equal those of transformers 5.23 (modeling_rope_utils.py), computed in float32.
 
-Decision: dynamic NTK scaling raises the base with the length of the sequence. A key in a paged cache
-may be shared by sequences of any length and is never turned again, so its angle may depend on its
-position alone: position p is turned as transformers turns the last token of a sequence of p + 1
+Decision: dynamic NTK scaling raises the base with the length of the sequence. A key in a paged
+cache may be shared by sequences of any length and is never turned again, so its angle may depend on
+its position alone: position p is turned as transformers turns the last token of a sequence of p + 1
 tokens. That is equal to transformers for every sequence up to ``max_position_embeddings`` and for
-one that grows past it token by token; only a prompt longer than that in one forward differs
-(transformers turns all of it by its final length, and then no longer by the tokens after it).
+one that grows past it token by token. Only a longer prompt differs: in one forward transformers
+turns all of it by its final length, and the tokens after it by theirs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Rope:
         self.config = config
         self.head_size = head_size
         self.frequencies = frequencies(config, head_size).to(device)  # [D / 2] float32
+        self._exponents = _exponents(head_size).to(device)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[T] -> cosines and sines, each [T, D / 2] float32."""
@@ -40,7 +41,7 @@ class Rope:
     def _frequencies_at(self, positions: Tensor) -> Tensor:
         if self.config.kind != "dynamic":
             return self.frequencies
-        return dynamic_frequencies(self.config, self.head_size, positions + 1)
+        return dynamic_frequencies(self.config, self._exponents, positions + 1)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -77,13 +78,13 @@ def _exponents(head_size: int) -> Tensor:
     return torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
 
 
-def dynamic_frequencies(config: RopeConfig, head_size: int, lengths: Tensor) -> Tensor:
-    """Of sequences of those lengths: [T] -> [T, D / 2]."""
-    original, factor = config.original_positions, config.factor
+def dynamic_frequencies(config: RopeConfig, exponents: Tensor, lengths: Tensor) -> Tensor:
+    """Of sequences of those lengths: [T] -> [T, D / 2]; ``exponents`` are 0 to 1, one a pair."""
+    original, factor, head_size = config.original_positions, config.factor, 2 * len(exponents)
     reach = lengths.clamp(min=original).double()
     growth = (factor * reach / original - (factor - 1)) ** (head_size / (head_size - 2))
     bases = (config.theta * growth).float().unsqueeze(-1)
-    return 1.0 / (bases ** _exponents(head_size).to(lengths.device))
+    return 1.0 / (bases**exponents)
 
 
 def _yarn(config: RopeConfig, head_size: int) -> Tensor:
