@@ -154,7 +154,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "parameters": str(model.num_parameters),
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": str(model.attention),
+        "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
         "max_num_seqs": str(limits.max_num_seqs),
