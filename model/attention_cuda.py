@@ -14,13 +14,19 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import math
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from model.attention import Backend, UnavailableBackend, gathered, reference
-from model.batch import Batch, BatchBuilder, BatchRow
+if TYPE_CHECKING:
+    from model.batch import Batch
+
+# (q, k_pages, v_pages, batch, scale, window) -> [T, H, D]
+Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Batch, float, int | None], Tensor]"
 
 _FLASH_PAGE = 256  # the bundled FlashAttention 2 wants pages of a multiple of this
 _FLASH_HEAD = 256
@@ -30,13 +36,23 @@ _TOLERANCE = 0.03  # of bfloat16 results of order 1
 log = logging.getLogger(__name__)
 
 
-def backend(name: str) -> Backend:
-    """The backend "triton" or "varlen"; raises ``UnavailableBackend`` where it cannot run."""
-    if name == "triton" and triton_available():
-        return triton_attention
-    if name == "varlen" and varlen_available():
-        return varlen_attention
-    raise UnavailableBackend(f"the {name} attention backend cannot run on this device; use auto")
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    backend: str = "triton",
+) -> Tensor:
+    """[T, H, D] -> [T, H, D], causal; this step's keys are in the pages already.
+
+    ``window`` w lets a query see the w last keys up to its own; None is all of them. ``backend`` is
+    "triton" or "varlen".
+    """
+    assert backend in ("triton", "varlen"), backend
+    attend = varlen_attention if backend == "varlen" else triton_attention
+    return attend(q, k_pages, v_pages, batch, scale, window)
 
 
 @cache
@@ -61,7 +77,7 @@ def varlen_available() -> bool:
         return False
     if "block_table" not in inspect.signature(varlen_attn).parameters:
         return False
-    return _is_right(_flash, "varlen")
+    return _is_right(_whole_flash, "varlen")
 
 
 def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
@@ -77,10 +93,7 @@ def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
 def triton_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
 ) -> Tensor:
-    """[T, H, D] -> [T, H, D], causal; this step's keys are in the pages already.
-
-    ``window`` w lets a query see the w last keys up to its own; None is all of them.
-    """
+    """Split-KV decode for the leading rows of one token, chunk prefill for the others."""
     from model import attention_triton
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -105,23 +118,41 @@ def triton_attention(
 def varlen_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
 ) -> Tensor:
-    """The same with flash attention for the chunks of prompts, and for decodes without Triton.
+    """Flash attention for the chunks of prompts, and for decodes where Triton is not.
 
     Decoding rows go to our split-KV kernel where it runs: paged flash attention may not split a
     long context, and few rows would leave most of the device idle.
     """
     if not varlen_fits(q.dtype, q.size(2), k_pages.size(2)):
-        other = triton_attention if triton_available() else gathered
-        return other(q, k_pages, v_pages, batch, scale, window)
-    first = batch.num_decodes
-    if first == 0 or not triton_available():
-        return _flash(q, k_pages, v_pages, batch, scale, window)
+        return _without_flash(q, k_pages, v_pages, batch, scale, window)
+    if batch.num_decodes == 0 or not triton_available():
+        return _whole_flash(q, k_pages, v_pages, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _decode(q, k_pages, v_pages, batch, scale, window, out)
+    first = batch.num_decodes
     if first < len(batch.query_lengths):
-        chunks = batch.without_decodes()
-        out[first:] = _flash(q[first:], k_pages, v_pages, chunks, scale, window)
+        out[first:] = _flash(
+            q[first:],
+            k_pages,
+            v_pages,
+            batch.query_starts[first:] - first,
+            batch.context_lengths[first:],
+            batch.block_tables[first:],
+            max(batch.query_lengths[first:]),
+            scale,
+            window,
+        )
     return out
+
+
+def _without_flash(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+) -> Tensor:
+    if triton_available():
+        return triton_attention(q, k_pages, v_pages, batch, scale, window)
+    from model.attention import gathered
+
+    return gathered(q, k_pages, v_pages, batch, scale, window)
 
 
 def _decode(
@@ -143,8 +174,24 @@ def _decode(
         )
 
 
-def _flash(
+def _whole_flash(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+) -> Tensor:
+    starts, contexts, tables = batch.query_starts, batch.context_lengths, batch.block_tables
+    longest = max(batch.query_lengths)
+    return _flash(q, k_pages, v_pages, starts, contexts, tables, longest, scale, window)
+
+
+def _flash(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    query_starts: Tensor,
+    contexts: Tensor,
+    block_tables: Tensor,
+    max_queries: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -152,26 +199,26 @@ def _flash(
         q,
         k_pages.transpose(1, 2),  # a view: strides pass through
         v_pages.transpose(1, 2),
-        batch.query_starts,
+        query_starts,
         # With pages the keys' starts are not read, but a tensor of that shape is asked for.
-        batch.query_starts,
-        max(batch.query_lengths),
-        batch.block_tables.size(1) * k_pages.size(2),  # of shapes alone: a graph can hold it
+        query_starts,
+        max_queries,
+        block_tables.size(1) * k_pages.size(2),  # of shapes alone: a graph can hold it
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.size(1) != k_pages.size(1),
-        seqused_k=batch.context_lengths,
-        block_table=batch.block_tables,
+        seqused_k=contexts,
+        block_table=block_tables,
         num_splits=1,  # with more, paged calls have left rows unwritten
     )
     assert isinstance(out, Tensor)
     return out
 
 
-def _is_right(attention: Backend, name: str) -> bool:
+def _is_right(attend: Attend, name: str) -> bool:
     """A decode beside a chunk with history, pages in disorder, against plain float32."""
     try:
-        error = _largest_error(attention)
+        error = _largest_error(attend)
     except Exception as failure:  # what compilers and drivers raise is not ours to list
         log.warning("%s attention does not run on this device: %s", name, failure)
         return False
@@ -181,13 +228,28 @@ def _is_right(attention: Backend, name: str) -> bool:
     return True
 
 
-def _largest_error(attention: Backend) -> float:
+def _largest_error(attend: Attend) -> float:
+    from model.batch import BatchBuilder, BatchRow
+
     generator = torch.Generator().manual_seed(0)
-    pages = torch.randn(2, 6, 2, _FLASH_PAGE, 64, generator=generator)
-    k_pages, v_pages = pages.to("cuda", torch.bfloat16)
+    pages = torch.randn(2, 6, 2, _FLASH_PAGE, 64, generator=generator).to("cuda", torch.bfloat16)
     q = torch.randn(6, 4, 64, generator=generator).to("cuda", torch.bfloat16)
-    rows = [BatchRow([0], 299, [4, 1]), BatchRow([0] * 5, 254, [2, 5])]
+    rows = [BatchRow([0], 299, [4, 1], 1), BatchRow([0] * 5, 254, [2, 5], 1)]
     batch = BatchBuilder(8, 2, 2, _FLASH_PAGE, "cuda").build(rows)
-    out = attention(q, k_pages, v_pages, batch, 0.125, None)
-    expected = reference(q.float(), k_pages, v_pages, batch, 0.125, None)
-    return (out.float() - expected).abs().max().item()
+    out = attend(q, pages[0], pages[1], batch, 0.125, None)
+    expected = [
+        _plain(own, pages[:, row.block_table].transpose(1, 2).flatten(2, 3), row.start)
+        for own, row in zip((q[:1], q[1:]), rows, strict=True)
+    ]
+    return (out.float() - torch.cat(expected)).abs().max().item()
+
+
+def _plain(q: Tensor, keys_values: Tensor, history: int) -> Tensor:
+    """q [n, H, D] behind ``history`` keys of [2, K, more, D]: causal attention in float32."""
+    num_queries, num_heads, head_size = q.shape
+    keys, values = keys_values[:, :, : history + num_queries].float()
+    keys, values = (each.repeat_interleave(num_heads // each.size(0), 0) for each in (keys, values))
+    scores = q.float().transpose(0, 1) @ keys.mT / math.sqrt(head_size)
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(history + 1)
+    shares = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    return torch.transpose(shares @ values, 0, 1)

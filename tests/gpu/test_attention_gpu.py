@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from model import attention_cuda
-from model.attention import Backend
 from tests.model.paged_reference import PagedCase, random_case, reference
 
 DECODES = [(1, 5), (1, 256), (1, 257), (1, 1), (1, 3_000), (1, 700)]
@@ -14,20 +13,23 @@ CHUNKS = [(3, 3), (7, 400), (513, 513), (256, 768)]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def backend_named(name: str) -> Backend:
+def backend_named(name: str) -> attention_cuda.Attend:
     available = {
         "triton": attention_cuda.triton_available,
         "varlen": attention_cuda.varlen_available,
     }
     if not available[name]():
         pytest.skip(f"{name} attention is not available here")
-    return attention_cuda.backend(name)
+    return {
+        "triton": attention_cuda.triton_attention,
+        "varlen": attention_cuda.varlen_attention,
+    }[name]
 
 
 def check(case: PagedCase, dtype: torch.dtype, name: str, window: int | None = None) -> None:
-    attention = backend_named(name)
+    attend = backend_named(name)
     moved = case.to("cuda", dtype)
-    out = attention(moved.q, moved.k_pages, moved.v_pages, moved.batch, moved.scale, window)
+    out = attend(moved.q, moved.k_pages, moved.v_pages, moved.batch, moved.scale, window)
     assert out.dtype == dtype
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(
@@ -79,25 +81,25 @@ def test_long_contexts_and_shared_pages(name: str) -> None:
 
 
 def test_triton_sums_a_row_in_the_same_order_alone_and_in_a_batch() -> None:
-    attention = backend_named("triton")
+    attend = backend_named("triton")
     case = random_case([(1, 3_000)] * 40, page=256).to("cuda", torch.bfloat16)
     case.q[:] = case.q[0]
     case.batch.block_tables[:] = case.batch.block_tables[0].clone()
     pages = (case.k_pages, case.v_pages)
-    together = attention(case.q, *pages, case.batch, case.scale, None)
+    together = attend(case.q, *pages, case.batch, case.scale, None)
     assert (together == together[0]).all()
 
 
 @pytest.mark.parametrize("name", ["triton", "varlen"])
 def test_a_captured_launch_serves_other_contexts(name: str) -> None:
-    attention = backend_named(name)
+    attend = backend_named(name)
     first = random_case([(1, 600)] * 8, page=256, unread=0.0).to("cuda", torch.bfloat16)
     pages = (first.k_pages, first.v_pages)
-    attention(first.q, *pages, first.batch, first.scale, None)  # compiles
+    attend(first.q, *pages, first.batch, first.scale, None)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(first.q, *pages, first.batch, first.scale, None)
+        out = attend(first.q, *pages, first.batch, first.scale, None)
     contexts = [1, 2, 255, 256, 257, 511, 512, 600]
     first.batch.context_lengths.copy_(torch.tensor(contexts, dtype=torch.int32))
     first.batch.contexts[:] = contexts

@@ -63,7 +63,7 @@ def random_case(
     builder = BatchBuilder(num_tokens, len(rows), max(needed), page, "cpu")
     batch = builder.build(
         [
-            BatchRow([0] * count, context - count, table)
+            BatchRow([0] * count, context - count, table, num_logits=1)
             for (count, context), table in zip(rows, tables, strict=True)
         ]
     )
