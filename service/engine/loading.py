@@ -76,6 +76,7 @@ def choose_device(name: str) -> torch.device:
 
 def warm_up(loaded: Loaded) -> Iterator[tuple[int, float]]:
     """Run a prompt chunk and decodes of several widths; yields (tokens, seconds) of each step."""
+    loaded.runner.capture_graphs()
     for step in _warm_up_steps(loaded.limits, loaded.num_blocks):
         began = time.monotonic()
         loaded.runner.run(step)

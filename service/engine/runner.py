@@ -9,21 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.batch import BatchBuilder, BatchRow
+from model.batch import Batch, BatchBuilder, BatchRow
 from model.kv_cache import KVCache
 from model.llama import Llama
-from model.penalties import PenaltyState
 from model.logprobs import RawLogprob
+from model.penalties import PenaltyState
 from model.sampler import Draw as RawDraw
 from model.sampler import Drawn, Sampler, SamplingRow
 from service.engine.capacity import Limits
 from service.engine.messages import SamplingSettings, TokenLogprob
 from service.engine.sequence import Choice, Sequence, Status
 from service.engine.step import Draw, Row, RowResult, Step, StepResult
+
+if TYPE_CHECKING:
+    from model.cuda_graphs import DecodeGraphs
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -52,7 +56,23 @@ class ModelRunner:
             block_size=limits.block_size,
             device=model.device,
         )
+        self._limits = limits
+        self._graphs: DecodeGraphs | None = None
         self._penalties: dict[tuple[int, int], tuple[Sequence, PenaltyState]] = {}
+
+    def capture_graphs(self) -> None:
+        """Record decode steps for replay where the device and the attention backend allow it."""
+        if self.model.device.type != "cuda":
+            return
+        from model.cuda_graphs import DecodeGraphs
+
+        if DecodeGraphs.can_capture(self.model):
+            limits = self._limits
+            graphs = DecodeGraphs(
+                self.model, self.cache, limits.max_num_seqs, limits.blocks_a_sequence
+            )
+            graphs.capture()
+            self._graphs = graphs
 
     def run(self, step: Step) -> StepResult:
         return self.collect(self.launch(step))
@@ -67,7 +87,7 @@ class ModelRunner:
         if step.copies:
             self.cache.copy(step.copies)
         batch = self._builder.build([_batch_row(row) for row in step.rows])
-        logits = self.model.forward(batch, self.cache)
+        logits = self._forward(batch)
         firsts = _first_logits(step.rows)
         rows = self._sampling_rows(step.rows, firsts)
         return Launched(step, logits, firsts, self._sampler.launch(logits, rows) if rows else None)
@@ -82,6 +102,12 @@ class ModelRunner:
             results.append(_result(own, self._prompt_logprobs(row, launched.logits, first)))
         self._forget_finished()
         return StepResult(results)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.forward(batch)
+        logits: Tensor = self.model.forward(batch, self.cache)
+        return logits
 
     def _sampling_rows(self, rows: list[Row], firsts: list[int]) -> list[SamplingRow]:
         return [

@@ -32,5 +32,6 @@ def write_tiny_llama(folder: Path) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
+        model.lm_head.weight[NAN_TOKEN] = 0.0  # far below the largest logit: not drawn by itself
     model.save_pretrained(folder)
     return model

@@ -62,12 +62,15 @@ def temporary_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def network(temporary_folder: Path) -> LlamaForCausalLM:
-    return write_tiny_llama(temporary_folder / "model")
+def network(temporary_folder: Path) -> Iterator[LlamaForCausalLM]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that a second thread costs more than it brings
+    yield write_tiny_llama(temporary_folder / "model")
+    torch.set_num_threads(before)
 
 
 def sockets(folder: Path) -> list[Path]:
-    """Of the engines running, the youngest last."""
+    """Of the engines running, the eldest first."""
     found = folder.glob(f"{SOCKET_FOLDER_PREFIX}*/engine.sock")
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
@@ -82,13 +85,13 @@ async def serving(folder: Path, **limits: object) -> AsyncIterator[EngineClient]
         yield client
     finally:
         await client.stop()
-        assert not sockets(folder)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(temporary_folder: Path, network: LlamaForCausalLM) -> AsyncIterator[EngineClient]:
     async with serving(temporary_folder) as client:
         yield client
+    assert not sockets(temporary_folder)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -230,12 +233,8 @@ async def test_penalties_bans_and_limits_reach_the_sampler(engine: EngineClient)
     plain = (await ask(engine, prompt, greedy(6)))[0].tokens
     biased = await ask(engine, prompt, greedy(3, logit_bias={42: 100.0}))
     assert biased[0].tokens == [42, 42, 42]
-    penalised = await ask(
-        engine, prompt, greedy(3, logit_bias={42: 20.0, 43: 19.0}, presence_penalty=2.0)
-    )
-    assert penalised[0].tokens[:2] == [42, 43]
-    allowed = await ask(engine, prompt, greedy(3, allowed_token_ids=(5, 6)))
-    assert set(allowed[0].tokens) <= {5, 6}
+    allowed = await ask(engine, prompt, greedy(4, allowed_token_ids=(5, 6), presence_penalty=100.0))
+    assert sorted(allowed[0].tokens[:2]) == [5, 6]
     barred = await ask(engine, prompt, greedy(6, bad_words=((plain[0], plain[1]),)))
     assert barred[0].tokens[0] == plain[0]
     assert barred[0].tokens[1] != plain[1]
@@ -250,15 +249,16 @@ async def test_penalties_bans_and_limits_reach_the_sampler(engine: EngineClient)
 async def test_a_row_that_is_not_finite_fails_alone(
     engine: EngineClient, network: LlamaForCausalLM
 ) -> None:
-    bad, good = [5, NAN_TOKEN, 6], prompt_of(40, seed=95)
+    bad, good = [*prompt_of(25, seed=94), NAN_TOKEN, 6], prompt_of(40, seed=95)
     answers = await asyncio.gather(
         *(ask(engine, p, greedy(), namespace=b"nan") for p in (bad, good))
     )
     assert answers[0][0].last is not None
     assert answers[0][0].last.finish_reason == "error"
     assert answers[1][0].tokens == generated(network, good, 24)
-    again = await ask(engine, good, greedy(), namespace=b"after nan")
-    assert again[0].tokens == answers[1][0].tokens, "a page that held NaN was given out again"
+    short = good[:3]  # less than a page: what the page held before lies behind it
+    after = await asyncio.gather(*(ask(engine, p, greedy(9)) for p in (short, short, good)))
+    assert [own[0].tokens for own in after[:2]] == [generated(network, short, 9)] * 2
 
 
 # ---- who leaves, and who may not come
@@ -277,7 +277,7 @@ async def test_leaving_frees_the_blocks_at_once(engine: EngineClient) -> None:
 async def test_a_lost_connection_frees_what_it_owned(
     engine: EngineClient, temporary_folder: Path
 ) -> None:
-    path = sockets(temporary_folder)[-1]
+    path = sockets(temporary_folder)[0]
     heard: list[object] = []
     link = await connect(str(path), heard.append)
     assert link is not None
