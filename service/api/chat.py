@@ -41,7 +41,7 @@ async def create_chat_completion(request: Request) -> Response:
     server = server_of(request)
     exchange = server.receive(request)
     fields = await read_body(request, ChatRequest)
-    max_tokens = read_max_tokens(fields)
+    budget, max_tokens = read_max_tokens(fields)
     logprobs = read_logprobs(fields)
     model, engine, headers = check(fields, server)
     sampling = make_sampling(
@@ -52,6 +52,7 @@ async def create_chat_completion(request: Request) -> Response:
         max_tokens=max_tokens,
         default_max_tokens=None,
         prompt_param="messages",
+        budget_param=budget,
     )
     ids = await read_conversation(fields, server, model)
     kept = truncate(ids, truncation(fields, sampling), fields.truncation_side)
@@ -60,13 +61,13 @@ async def create_chat_completion(request: Request) -> Response:
     return respond(fields, server, exchange, job, ChatShape(fields, job), headers)
 
 
-def read_max_tokens(fields: ChatRequest) -> int | None:
-    """The newer name wins over ``max_tokens``."""
+def read_max_tokens(fields: ChatRequest) -> tuple[str, int | None]:
+    """The field that counts and its value: the newer name wins over ``max_tokens``."""
     name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
     value: int | None = getattr(fields, name)
     if value == 0:
         raise InvalidRequest(f"{name}: must be at least 1", param=name)
-    return value
+    return name, value
 
 
 def read_logprobs(fields: ChatRequest) -> int | None:

@@ -32,6 +32,7 @@ def make_sampling(
     max_tokens: int | None,
     default_max_tokens: int | None,
     prompt_param: str,
+    budget_param: str = "max_tokens",
 ) -> Sampling:
     return Sampling(
         fields,
@@ -40,6 +41,7 @@ def make_sampling(
         max_tokens=max_tokens,
         default_max_tokens=default_max_tokens,
         prompt_param=prompt_param,
+        budget_param=budget_param,
         seeds=server.seeds,
     )
 

@@ -78,6 +78,7 @@ class Sampling:
         max_tokens: int | None,
         default_max_tokens: int | None,
         prompt_param: str,
+        budget_param: str,
         seeds: random.Random,
     ) -> None:
         self.n = fields.n or 1
@@ -87,7 +88,7 @@ class Sampling:
         self._min_tokens = fields.min_tokens or 0
         self._seed = fields.seed
         self._seeds = seeds
-        self._prompt_param = prompt_param
+        self._params = prompt_param, budget_param  # the fields errors name
         self._model = model
         self._base = self._read(fields, logprobs)
 
@@ -137,7 +138,7 @@ class Sampling:
             raise self._too_long(num_prompt)
         budget = min(room, self._default or room) if stated is None else stated
         if self._min_tokens > budget:
-            raise _bound("min_tokens", f"must be at most max_tokens ({budget})")
+            raise _bound("min_tokens", f"must be at most {self._params[1]} ({budget})")
         return budget
 
     def _too_long(self, num_prompt: int) -> ContextLengthExceeded:
@@ -146,14 +147,14 @@ class Sampling:
             return ContextLengthExceeded(
                 f"The model's context is {self.context} tokens and the prompt has {num_prompt}; "
                 f"send a prompt of at most {self.context - 1} tokens, or truncate_prompt_tokens.",
-                param=self._prompt_param,
+                param=self._params[0],
             )
-        stated = self._max_tokens or 0
+        stated, name = self._max_tokens or 0, self._params[1]
         return ContextLengthExceeded(
             f"The model's context is {self.context} tokens, but the prompt has {num_prompt} and "
-            f"max_tokens asks for {stated}: {num_prompt + stated} in all. With this prompt "
-            f"max_tokens may be at most {room}.",
-            param="max_tokens",
+            f"{name} asks for {stated}: {num_prompt + stated} in all. With this prompt "
+            f"{name} may be at most {room}.",
+            param=name,
         )
 
 

@@ -93,6 +93,14 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def refuse(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    response = await client.post("/v1/completions", json={"prompt": "Hi"} | fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
 def chunks_of(body: str) -> list[dict[str, Any]]:
     """The JSON of every event; asserts the framing and that [DONE] ends it, once."""
     frames = [frame for frame in body.split("\n\n") if frame and not frame.startswith(":")]

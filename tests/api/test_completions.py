@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.errors import Overloaded
-from tests.api.conftest import chunks_of, talking_to
+from tests.api.conftest import chunks_of, refuse, talking_to
 from tests.api.fakes import BOS, EOS, FakeEngine, say
 
 URL = "/v1/completions"
@@ -20,14 +20,6 @@ async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(URL, json={"prompt": "Hi", "max_tokens": 50} | fields)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-async def refuse(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(URL, json={"prompt": "Hi"} | fields)
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 async def test_an_answer_has_every_key(client: httpx.AsyncClient) -> None:
@@ -116,114 +108,6 @@ async def test_choices_are_numbered_prompt_major(
         (3, "b1"),
     ]
     assert answer["usage"]["completion_tokens"] == 12
-
-
-@pytest.mark.parametrize(
-    "prompt", ["", [], [[]], ["a", ""], [1, "a"], 5, {"a": 1}, [True], [[1.5]]]
-)
-async def test_empty_and_odd_prompts_are_refused(client: httpx.AsyncClient, prompt: Any) -> None:
-    assert (await refuse(client, prompt=prompt))["param"] == "prompt"
-
-
-async def test_a_missing_prompt_is_refused(client: httpx.AsyncClient) -> None:
-    response = await client.post(URL, json={})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", 2.1),
-        ("temperature", -1),
-        ("temperature", "1"),
-        ("temperature", True),
-        ("top_p", 0),
-        ("top_p", 1.1),
-        ("min_p", 2),
-        ("top_k", -2),
-        ("top_k", 1.5),
-        ("presence_penalty", 3),
-        ("frequency_penalty", -3),
-        ("repetition_penalty", 0),
-        ("n", 0),
-        ("n", 129),
-        ("logprobs", 21),
-        ("logprobs", True),
-        ("prompt_logprobs", -1),
-        ("stop", [""]),
-        ("stop", ["a", "b", "c", "d", "e"]),
-        ("stop_token_ids", [264]),
-        ("stop_token_ids", [-1]),
-        ("allowed_token_ids", []),
-        ("allowed_token_ids", [1, 999]),
-        ("bad_words", [""]),
-        ("bad_words", ["x"] * 129),
-        ("min_tokens", -1),
-        ("min_tokens", 17),
-        ("max_tokens", 0),
-        ("max_tokens", -1),
-        ("seed", 1 << 63),
-        ("seed", 10**300),
-        ("temperature", 10**300),
-        ("stream", 1),
-        ("stream_options", {"include_usage": True}),
-        ("user", 5),
-        ("cache_salt", "x" * 129),
-        ("truncate_prompt_tokens", 0),
-        ("truncate_prompt_tokens", -2),
-        ("truncation_side", "middle"),
-        ("deadline_ms", 0),
-        ("max_queue_ms", -1),
-        ("priority", "high"),
-        ("best_of", 0),
-        ("response_format", {"type": "xml"}),
-    ],
-)
-async def test_out_of_bounds_is_a_400_that_names_the_field(
-    client: httpx.AsyncClient, field: str, value: Any
-) -> None:
-    error = await refuse(client, **{field: value})
-    assert error["type"] == "invalid_request_error"
-    assert error["param"].startswith(field)
-
-
-@pytest.mark.parametrize(
-    ("bias", "param"),
-    [
-        ({"300": 1}, "logit_bias.300"),
-        ({"a": 1}, "logit_bias.a"),
-        ({"65": 101}, "logit_bias.65"),
-        ({"-1": 0}, "logit_bias.-1"),
-    ],
-)
-async def test_bias_keys_are_ids_and_its_values_bounded(
-    client: httpx.AsyncClient, bias: dict[str, int], param: str
-) -> None:
-    assert (await refuse(client, logit_bias=bias))["param"] == param
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a"}),
-        ("guided_json", {}),
-        ("guided_regex", "a"),
-        ("guided_choice", ["a"]),
-        ("guided_grammar", "root ::= x"),
-        ("suffix", "end"),
-        ("best_of", 3),
-        ("use_beam_search", True),
-        ("length_penalty", 2.0),
-    ],
-)
-async def test_what_is_not_served_yet_is_refused_and_never_ignored(
-    client: httpx.AsyncClient, field: str, value: Any
-) -> None:
-    error = await refuse(client, **{field: value})
-    assert error["code"] == "unsupported_parameter"
-    assert error["param"] == field
 
 
 async def test_harmless_spellings_of_unsupported_fields_pass(client: httpx.AsyncClient) -> None:

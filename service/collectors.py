@@ -1,0 +1,151 @@
+"""What is read only when Prometheus scrapes: the engines' own figures, and each family twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.engine.messages import State
+from service.registry import ModelRegistry
+
+if TYPE_CHECKING:
+    from service.metrics import EngineMetrics
+
+VLLM, OWN = "vllm:", "pronk:"
+LABELS = ["model_name", "engine"]
+
+# metric: (the worker's counter in State.counters, what it counts)
+ENGINE_COUNTERS = {
+    "num_preemptions": ("preemptions", "Sequences put back to the queue for want of blocks"),
+    "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache"),
+    "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache"),
+    "spec_decode_num_drafts": ("spec_drafts", "Speculations made"),
+    "spec_decode_num_draft_tokens": ("spec_draft_tokens", "Tokens speculated"),
+    "spec_decode_num_accepted_tokens": ("spec_accepted_tokens", "Speculated tokens accepted"),
+}
+
+
+class Twice(Collector):
+    """Every family of ``inner``, under vLLM's prefix and under pronk's."""
+
+    def __init__(self, inner: CollectorRegistry) -> None:
+        self.inner = inner
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """vLLM's own family first, then its twin."""
+        for family in self.inner.collect():
+            yield family
+            own = Metric(family.name.replace(VLLM, OWN, 1), family.documentation, family.type)
+            own.samples = [
+                sample._replace(name=sample.name.replace(VLLM, OWN, 1)) for sample in family.samples
+            ]
+            yield own
+
+
+class EngineStates(Collector):
+    """Gauges and counters the engines report about themselves, read when scraped."""
+
+    def __init__(self, models: ModelRegistry) -> None:
+        self.models = models
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        rows = [
+            ([model.name, str(number)], engine.state)
+            for model in self.models.models
+            for number, engine in enumerate(model.engines)
+        ]
+        yield _gauge("num_requests_running", "Sequences in the running batch", rows, _running)
+        yield _gauge("num_requests_waiting", "Sequences in the queue", rows, _waiting)
+        yield _gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0..1", rows, _usage)
+        yield _gauge("gpu_cache_usage_perc", "The older name of kv_cache_usage_perc", rows, _usage)
+        for name, (counter, about) in ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(VLLM + name, about, labels=LABELS)
+            for labels, state in rows:
+                family.add_metric(labels, state.counters.get(counter, 0))
+            yield family
+        yield _cache_config(rows)
+        yield _lora_info(rows)
+
+
+class OwnStates(Collector):
+    """What vLLM has no name for."""
+
+    def __init__(
+        self, models: ModelRegistry, metrics: Mapping[tuple[str, int], EngineMetrics]
+    ) -> None:
+        self.models = models
+        self.metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        restarts = CounterMetricFamily(
+            OWN + "engine_restarts", "Engine processes started anew", labels=LABELS
+        )
+        ready = GaugeMetricFamily(OWN + "engine_ready", "1 while it takes work", labels=LABELS)
+        waiting = GaugeMetricFamily(
+            OWN + "waiting_prompt_tokens", "Prompt tokens in the queue", labels=LABELS
+        )
+        discarded = CounterMetricFamily(
+            OWN + "discarded_tokens", "Tokens drawn that no client was told", labels=LABELS
+        )
+        for model in self.models.models:
+            for number, engine in enumerate(model.engines):
+                labels = [model.name, str(number)]
+                dropped = self.metrics[model.name, number].num_dropped + engine.num_discarded
+                in_engine = engine.state.counters.get("discarded_tokens", 0)
+                discarded.add_metric(labels, dropped + in_engine)
+                restarts.add_metric(labels, engine.num_restarts)
+                ready.add_metric(labels, engine.is_ready)
+                waiting.add_metric(labels, engine.state.waiting_tokens)
+        yield from (restarts, ready, waiting, discarded)
+
+
+Rows = list[tuple[list[str], State]]
+
+
+def _running(state: State) -> float:
+    return state.running
+
+
+def _waiting(state: State) -> float:
+    return state.waiting
+
+
+def _usage(state: State) -> float:
+    return 1 - state.free_blocks / state.num_blocks if state.num_blocks else 0
+
+
+def _gauge(name: str, about: str, rows: Rows, read: Callable[[State], float]) -> Metric:
+    family = GaugeMetricFamily(VLLM + name, about, labels=LABELS)
+    for labels, state in rows:
+        family.add_metric(labels, read(state))
+    return family
+
+
+def _cache_config(rows: Rows) -> Metric:
+    labels = [*LABELS, "block_size", "num_gpu_blocks", "cache_dtype"]
+    family = GaugeMetricFamily(VLLM + "cache_config_info", "The KV cache's shape", labels=labels)
+    for names, state in rows:
+        shape = [str(state.block_size), str(state.num_blocks), state.facts.get("dtype", "")]
+        family.add_metric([*names, *shape], 1)
+    return family
+
+
+def _lora_info(rows: Rows) -> Metric:
+    labels = [*LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+    family = GaugeMetricFamily(VLLM + "lora_requests_info", "LoRA adapters in use", labels=labels)
+    for names, _ in rows:
+        family.add_metric([*names, "0", "", ""], 1)
+    return family
