@@ -48,10 +48,8 @@ class Lineup:
 
     def fill(self, step: Step) -> None:
         """One token for every decoding sequence, then chunks of prompts within the budget."""
-        num_preempted = self._counters.preemptions
         self._fill_decodes(step)
-        # Blocks freed by a preemption are for those that run, not for who was just sent away.
-        self._fill_prompts(step, may_admit=self._counters.preemptions == num_preempted)
+        self._fill_prompts(step)
         step.put_single_tokens_first()
 
     def run_forks(self, children: Iterable[Sequence]) -> None:
@@ -111,8 +109,9 @@ class Lineup:
 
     # ---- prompts -------------------------------------------------------------------------------
 
-    def _fill_prompts(self, step: Step, may_admit: bool) -> None:
+    def _fill_prompts(self, step: Step) -> None:
         """Chunks in order; one that waits and comes first in it goes before those that run."""
+        may_admit = True
         prompts = deque(sequence for sequence in self.running if sequence.num_due > 1)
         while step.num_tokens < self._budget:
             head = self.waiting.peek() if may_admit else None

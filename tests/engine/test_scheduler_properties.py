@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from msgspec.structs import replace
 
 from service.engine.blocks import BlockPool
 from service.engine.messages import SamplingSettings, Submit
@@ -153,9 +154,9 @@ def random_submit(dice: random.Random, number: int) -> Submit:
     return Submit(
         number,
         (dice.choice(STEMS)[:kept] + tail) or [1],
-        [choice] * dice.choice([1, 1, 1, 2, 5]),
+        [replace(choice, choice=i) for i in range(dice.choice([1, 1, 1, 2, 5]))],
         namespace=dice.choice([b"", b"", b"mine"]),
         priority=dice.choice([0, 0, 0, -1, 2]),
-        prompt_logprobs=dice.choice([None] * 6 + [0]),
+        prompt_logprobs=dice.choice([None] * 4 + [0]),
         deadline=dice.choice([None] * 6 + [2.0]),
     )
