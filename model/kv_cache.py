@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -35,9 +39,7 @@ class KVCache:
         self.num_kv_heads = group.share(config.num_kv_heads, "key heads")
         shape = (2, num_blocks, self.num_kv_heads, block_size, config.head_size)
         # Zeros, not whatever was there: what is masked must still be a number.
-        self._layers = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
+        self._layers = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
         self.keys = [layer[0] for layer in self._layers]
         self.values = [layer[1] for layer in self._layers]
 
@@ -68,6 +70,17 @@ class KVCache:
     def close(self) -> None:
         """Gives the memory back; the cache cannot be used afterwards."""
         self._layers, self.keys, self.values = [], [], []
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeroed pages. On a CPU the system gives them at first use: a large cache starts at no cost."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_block(

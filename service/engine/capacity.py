@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from service.engine.options import EngineOptions
 
-CPU_SHARE = 0.5  # of the memory still available once the model is loaded
+CPU_SHARE = 0.4  # of the memory still available once the model is loaded; touched page by page
 CPU_DEFAULTS = (64, 512)  # max_num_seqs, max_num_batched_tokens
 GPU_DEFAULTS = (256, 8192)
 MIB = 1 << 20
