@@ -27,7 +27,7 @@ _GRAPHABLE = ("triton", "varlen")  # backends whose launches depend on shapes al
 
 
 class DecodeGraphs:
-    """``forward`` as ``Llama.forward``, by graph where one was captured.
+    """``forward`` as ``Llama.forward`` over one cache, by graph where one was captured.
 
     Logits of a replay live until the next one: read or copy them before.
     """
@@ -61,12 +61,12 @@ class DecodeGraphs:
             "captured %d decode graphs in %.1f s", len(self.buckets), time.monotonic() - started
         )
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits [R, V] float32 of the batch's wanted rows."""
         bucket = self._bucket(batch)
         graph = None if bucket is None else self._graphs.get(bucket)
         if bucket is None or graph is None:
-            return self._model.forward(batch, cache)
+            return self._model.forward(batch, self._cache)
         self._padded.fill(batch, bucket)
         graph.replay()
         return self._logits[: batch.num_decodes]

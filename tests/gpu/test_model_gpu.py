@@ -91,11 +91,11 @@ def test_a_graphed_step_does_not_wait_for_the_device() -> None:
     assert graphs is not None
     builder = BatchBuilder(16, 16, 16, 256, "cuda")
     rows = [BatchRow([5], 0, [1], 1), BatchRow([6], 0, [2], 1)]
-    graphs.forward(builder.build(rows), graphed.cache)
+    graphs.forward(builder.build(rows))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graphs.forward(builder.build(rows), graphed.cache)
+        graphs.forward(builder.build(rows))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -70,6 +70,7 @@ class Writer:
 
     def step(self, rows: list[BatchRow]) -> list[int]:
         batch = self._builder.build(rows)
-        forward = self.model.forward if self.graphs is None else self.graphs.forward
-        logits = forward(batch, self.cache)
+        if self.graphs is not None:
+            return self.graphs.forward(batch).argmax(-1).tolist()
+        logits = self.model.forward(batch, self.cache)
         return logits.argmax(-1).tolist()
