@@ -33,14 +33,17 @@ _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalt
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The network a checkpoint describes; of Hugging Face and GGUF ones read without torch."""
+    """The network a checkpoint describes, read without torch.
+
+    ``tie_embeddings`` is what config and headers tell; loading compares the weights themselves.
+    """
     checkpoint = inspect(path)
     if checkpoint.format == "huggingface":
         from model.checkpoint.huggingface import read_config
     elif checkpoint.format == "gguf":
         from model.checkpoint.gguf_config import read_config
     else:
-        from model.checkpoint.loading import read_config
+        from model.checkpoint.meta_config import read_config
     return read_config(checkpoint)
 
 

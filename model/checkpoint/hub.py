@@ -60,12 +60,17 @@ def resolve(
     if path.exists():
         return path.absolute()  # not resolve(): the hub's cache links names to nameless blobs
     match = _HUB_ID.fullmatch(str(model))
-    if match is None or str(model).endswith((".gguf", ".safetensors")):
+    if match is None or not is_hub_id(str(model)):
         raise CheckpointError(
             f"{model}: no such file or folder (a hub id would be written organisation/name)"
         )
     hub = _Hub(match["repo"], match["variant"], revision, download_dir, token)
     return hub.cached() if offline else hub.download(progress)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether this is written like a hub id; whether it exists there only the hub can tell."""
+    return bool(_HUB_ID.fullmatch(model)) and not model.endswith((".gguf", ".safetensors"))
 
 
 def select(names: list[str], repo: str, variant: str | None) -> Selection:

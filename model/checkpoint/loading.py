@@ -11,20 +11,13 @@ from typing import TypeAlias
 
 import torch
 
-from model.checkpoint import gguf, huggingface, meta
 from model.checkpoint.errors import CheckpointError, some_names
 from model.checkpoint.inspection import Checkpoint
 from model.checkpoint.stored import StoredTensor, Weights
-from model.config import ModelConfig
 from model.llama import Llama, WeightSlot
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-_OPENERS: dict[str, Callable[[Checkpoint], Weights]] = {
-    "huggingface": huggingface.open_weights,
-    "meta": meta.open_weights,
-    "gguf": gguf.open_weights,
-}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -33,7 +26,6 @@ _DTYPES = {
     "half": torch.float16,
 }
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_MAX_ROTARY_TABLE = 2 << 30  # bytes: 4 million positions of heads 128 wide
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -45,7 +37,9 @@ def load(
     progress: Progress | None,
 ) -> Llama:
     device = torch.device(device)
-    weights = open_checked(checkpoint)
+    weights = _settle_tying(_open(checkpoint))
+    _check_layers(weights)
+    _check_sizes(checkpoint, weights)
     wanted = resolve_dtype(dtype, weights.config.dtype, device)
     model = Llama(weights.config, wanted, device, attention=attention)
     fill(model.slots(), weights, wanted, progress)
@@ -53,19 +47,15 @@ def load(
     return model.eval()
 
 
-def open_checked(checkpoint: Checkpoint) -> Weights:
-    """Weights that are known to fill the network of their config, none of them read yet."""
-    weights = _settle_tying(_OPENERS[checkpoint.format](checkpoint))
-    _check_layers(weights)
-    _check_sizes(checkpoint, weights)
-    _check_context(weights.config)
-    check_names(_shapes(weights.config), weights.tensors)
-    return weights
-
-
-def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The config as loading would see it, with what only the weights can tell."""
-    return _settle_tying(_OPENERS[checkpoint.format](checkpoint)).config
+def _open(checkpoint: Checkpoint) -> Weights:
+    """Only the layout at hand is imported: starting up is waited for."""
+    if checkpoint.format == "huggingface":
+        from model.checkpoint.huggingface import open_weights
+    elif checkpoint.format == "meta":
+        from model.checkpoint.meta import open_weights
+    else:
+        from model.checkpoint.gguf import open_weights
+    return open_weights(checkpoint)
 
 
 def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
@@ -137,22 +127,7 @@ def _check_sizes(checkpoint: Checkpoint, weights: Weights) -> None:
         )
 
 
-def _check_context(config: ModelConfig) -> None:
-    """The one size that no tensor confirms: rotary angles are kept for every position."""
-    if config.max_positions * config.head_size * 4 > _MAX_ROTARY_TABLE:
-        raise CheckpointError(
-            f"a context of {config.max_positions} tokens is more than this version can hold "
-            "rotary angles for: lower max_position_embeddings"
-        )
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What the network wants, asked of one without memory: a lying config allocates nothing."""
-    skeleton = Llama(replace(config, max_positions=1), torch.float32, "meta", attention="sdpa")
-    return {name: tuple(slot.shape) for name, slot in skeleton.slots().items()}
-
-
-def check_names(shapes: Mapping[str, tuple[int, ...]], tensors: list[StoredTensor]) -> None:
+def check_names(slots: Mapping[str, WeightSlot], tensors: list[StoredTensor]) -> None:
     """Every slot has its tensor, every tensor its slot, and their shapes agree."""
     stored = {tensor.name: tensor for tensor in tensors}
     if len(stored) < len(tensors):
@@ -160,14 +135,14 @@ def check_names(shapes: Mapping[str, tuple[int, ...]], tensors: list[StoredTenso
         doubled = [name for name, count in counts.items() if count > 1]
         raise CheckpointError(f"stored more than once: {some_names(doubled)}")
     problems = []
-    if missing := shapes.keys() - stored.keys():
+    if missing := slots.keys() - stored.keys():
         problems.append(f"{len(missing)} tensors are missing ({some_names(missing)})")
-    if surplus := stored.keys() - shapes.keys():
+    if surplus := stored.keys() - slots.keys():
         problems.append(f"{len(surplus)} have no place in the network ({some_names(surplus)})")
     misshapen = {
-        f"{name} is {list(stored[name].shape)}, expected {list(shapes[name])}"
-        for name in shapes.keys() & stored.keys()
-        if shapes[name] != stored[name].shape
+        f"{name} is {list(stored[name].shape)}, expected {list(slots[name].shape)}"
+        for name in slots.keys() & stored.keys()
+        if slots[name].shape != stored[name].shape
     }
     if misshapen:
         problems.append(f"{len(misshapen)} are misshapen ({some_names(misshapen)})")
@@ -184,7 +159,11 @@ def fill(
     dtype: torch.dtype,
     progress: Progress | None = None,
 ) -> None:
-    """Stores tensor after tensor, holding one source at a time; ``progress`` counts bytes read."""
+    """Stores tensor after tensor, holding one source at a time; ``progress`` counts bytes read.
+
+    The network takes memory only as its slots are filled, so nothing is taken for a wrong config.
+    """
+    check_names(slots, weights.tensors)
     done, total = 0, sum(tensor.num_bytes for tensor in weights.tensors)
     for stored in weights.tensors:
         _store(slots[stored.name], stored, dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.checkpoint.errors import CheckpointError
 from model.checkpoint.inspection import Checkpoint
+from model.checkpoint.meta_config import EMBEDDING, is_split_by_columns
 from model.checkpoint.meta_params import MetaParams, read_params
 from model.checkpoint.stored import StoredTensor, Weights, forget, halves_from_pairs
 from model.config import ModelConfig
@@ -27,7 +28,6 @@ from model.config import ModelConfig
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _DERIVED = re.compile(r"(.*\.)?rope\.freqs")  # follows from the config
-_EMBEDDING = "tok_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
     tensors = [_stored(params, name, _parts(shards, name)) for name in _names(shards)]
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     if "model.embed_tokens.weight" not in shapes:
-        raise CheckpointError(f"{checkpoint.files[0].name} holds no {_EMBEDDING}")
+        raise CheckpointError(f"{checkpoint.files[0].name} holds no {EMBEDDING}")
     vocab_size = shapes["model.embed_tokens.weight"][0]
-    dtype = shards[0][_EMBEDDING].dtype
+    dtype = shards[0][EMBEDDING].dtype
     config = params.huggingface_config(vocab_size, str(dtype).removeprefix("torch."))
     return Weights(ModelConfig.from_huggingface(config), tensors)
 
@@ -161,15 +161,10 @@ def _place(params: MetaParams, name: str, parts: list[Tensor]) -> tuple[_Kind, i
     if match:
         kind = _Kind(f"model.layers.{match[1]}.{kind.name}", kind.axis, kind.heads)
     axis = kind.axis
-    if name == _EMBEDDING and _is_split_by_columns(params, parts):
+    if name == EMBEDDING and is_split_by_columns(params, parts[0].shape):
         axis = 1
     _check_parts(name, parts, axis)
     return kind, axis
-
-
-def _is_split_by_columns(params: MetaParams, parts: list[Tensor]) -> bool:
-    """Llama 1 and 2 split the embedding by columns, Llama 3 by rows."""
-    return len(parts) > 1 and parts[0].dim() == 2 and parts[0].shape[1] < params.width
 
 
 def _check_parts(name: str, parts: list[Tensor], axis: int | None) -> None:

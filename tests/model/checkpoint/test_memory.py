@@ -16,10 +16,10 @@ SHAPE = {
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1536,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 9,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-}  # 23 million weights: 92 MB in float32, of which the largest tensor is 8 MB
+}  # 32 million weights: 130 MB in float32, of which the largest tensor is 8 MB
 LOADING = """
 import sys
 import torch
@@ -35,7 +35,7 @@ before = resident("VmRSS")
 network = load_model(sys.argv[1], dtype=sys.argv[2])
 print(network.weight_bytes, resident("VmHWM") - before)
 """
-ALLOWED = 40 << 20  # code first used while loading, and two of the largest tensors
+ALLOWED = 64 << 20  # code first used while loading, and a few of the largest tensors
 
 
 def peak(path: Path, dtype: str = "float32") -> tuple[int, int]:
@@ -63,5 +63,5 @@ def test_loading_peaks_near_the_size_of_the_weights(layout: str, tmp_path: Path)
         kind = gguf.GGMLQuantizationType.Q8_0 if layout == "gguf-quantized" else None
         write_gguf(network, tmp_path / "m.gguf", kind or gguf.GGMLQuantizationType.F32)
     weights, grown = peak(tmp_path)
-    assert weights > 3 * ALLOWED / 2, "too small to tell anything"
+    assert weights > 1.5 * ALLOWED, "too small to tell anything"
     assert grown < weights + ALLOWED, (inspect(tmp_path).num_bytes, weights, grown)
