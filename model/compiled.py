@@ -1,7 +1,8 @@
 """Decode steps through the compiled kernels: the same network, four passes a layer.
 
-Serves batches in which every row is one token, at most ``MAX_ROWS`` of them; everything else goes
-through ``Llama.forward`` in PyTorch. The weights stay row-major, one copy for both paths.
+Serves rows of one token; prompt chunks go through PyTorch, also within one step: the decoding rows
+beside a chunk cost one more read of the weights and gain a row's independence of its neighbours (a
+row's result is the same bits whatever it is batched with). The weights stay row-major, one copy.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class CompiledDecode:
         self._model, self._kernels = model, kernels
         self._eps = model.config.norm_eps
 
-    def serves(self, batch: Batch) -> bool:
-        return batch.num_decodes == batch.num_tokens <= MAX_ROWS
-
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Logits [R, V] float32, as ``Llama.forward`` gives them to bf16 rounding."""
+        """Logits [R, V] float32 of rows of one token each, as PyTorch gives them to rounding."""
+        count = batch.num_tokens
+        if count <= MAX_ROWS:
+            return self._forward(batch, cache)
+        parts = (batch.rows(i, min(i + MAX_ROWS, count)) for i in range(0, count, MAX_ROWS))
+        return torch.cat([self._forward(part, cache) for part in parts])
+
+    def _forward(self, batch: Batch, cache: KVCache) -> Tensor:
         model = self._model
         x = model.embedding(batch.token_ids)  # a fresh tensor: the layers add to it in place
         cosines, sines = model.rope.angles(batch.positions)

@@ -73,7 +73,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeroed pages. On a CPU the system gives them at first use: a large cache starts at no cost."""
+    """Zeroed pages; on a CPU the system gives them at first use, so a large cache costs nothing."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)

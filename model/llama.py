@@ -57,8 +57,14 @@ class Llama(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
         """Logits [R, V] float32 of the rows the batch asks for, in its order."""
-        if self.decode is not None and taps is None and self.decode.serves(batch):
+        if self.decode is None or taps is not None or batch.num_decodes == 0:
+            return self._forward(batch, cache, taps)
+        if batch.num_decodes == batch.num_tokens:
             return self.decode.forward(batch, cache)
+        decodes, chunks = batch.split_decodes()
+        return torch.cat((self.decode.forward(decodes, cache), self._forward(chunks, cache, None)))
+
+    def _forward(self, batch: Batch, cache: KVCache, taps: Taps | None) -> Tensor:
         batch.prepared.clear()
         x = self.embedding(batch.token_ids)
         angles = spread(*self.rope.angles(batch.positions), self.dtype)

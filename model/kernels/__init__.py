@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_ROWS = 32  # of one call; past it a matrix product of PyTorch is faster anyway
 MAX_HEAD_SIZE = 256
+SEGMENT, MAX_SEGMENTS = 256, 32  # keys at least in a segment of a context; segments at most
 NEEDED_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 VERSION = 1
 
@@ -166,7 +167,8 @@ class Kernels:
         num_rows = qkv.shape[0]
         _, kv_heads, page_size, head_size = keys.shape
         heads = qkv.shape[1] // head_size - 2 * kv_heads
-        splits = self._splits(num_rows * kv_heads, rows.longest)
+        # the kernel cuts each context by its own length alone, into no more than this many segments
+        splits = min(MAX_SEGMENTS, -(-rows.longest // SEGMENT))
         out = torch.empty(num_rows, heads * head_size, dtype=torch.bfloat16)
         queries = self._buffer("queries", out.numel(), torch.bfloat16)
         partials = self._buffer(
@@ -201,12 +203,6 @@ class Kernels:
             partials.data_ptr(),
         )
         return out
-
-    def _splits(self, tasks: int, longest: int) -> int:
-        """Cut contexts only where there are too few (row, kv head) pairs to keep threads busy."""
-        if self.threads == 1 or tasks >= 4 * self.threads or longest < 128:
-            return 1
-        return min(-(-4 * self.threads // tasks), longest // 64)
 
 
 def _address(tensor: Tensor | None) -> int | None:

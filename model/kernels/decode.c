@@ -31,6 +31,7 @@ typedef uint16_t bf16;
 #define MAX_ROWS 32         // of a call: bounds the arrays on the stack
 #define KEY_TILE 64         // keys between two updates of the running softmax
 #define HEAD_TILE 4         // query heads that share one read of K and V
+#define SEGMENT 256         // keys of a context one thread attends to, more for long contexts
 #define MAX_HEAD_SIZE 256
 #define PREFETCH_BYTES 8192 // ahead of the read: measured, see model/README.md
 
@@ -79,7 +80,14 @@ INLINE __m256 halves(__m512 v) {
     return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 }
 
-// the eight horizontal sums of eight vectors: cheaper together than one by one
+INLINE float horizontal_sum(__m512 v) {
+    const __m256 pairs = _mm256_hadd_ps(halves(v), halves(v));
+    const __m256 quads = _mm256_hadd_ps(pairs, pairs);
+    return _mm256_cvtss_f32(quads) + _mm_cvtss_f32(_mm256_extractf128_ps(quads, 1));
+}
+
+// The eight horizontal sums of eight vectors: cheaper together than one by one, and added in the
+// same order, so that a row's result does not depend on how many rows it is computed with.
 INLINE __m256 eight_sums(const __m512 *v) {
     const __m256 a = _mm256_hadd_ps(halves(v[0]), halves(v[1]));
     const __m256 b = _mm256_hadd_ps(halves(v[2]), halves(v[3]));
@@ -123,7 +131,7 @@ INLINE void dot_tile(const bf16 *w, const bf16 *x, int K, const int outs, const 
             _mm256_storeu_ps(out, eight_sums(sums + r * rows));
             for (int m = 0; m < rows; m++) y[m * stride + r] = out[m];
         } else {
-            for (int m = 0; m < rows; m++) y[m * stride + r] = _mm512_reduce_add_ps(sums[r * rows + m]);
+            for (int m = 0; m < rows; m++) y[m * stride + r] = horizontal_sum(sums[r * rows + m]);
         }
     }
 }
@@ -262,7 +270,7 @@ typedef struct {
     const int32_t *contexts;      // [M] keys a row sees, its own included
     int rows, heads, kv_heads, head_size, page_size, table_stride;
     int window;                   // sliding window in keys, 0 for none
-    int splits;                   // parts a row's context is cut into
+    int splits;                   // most segments a row's context is cut into
     float scale, eps;
     int threads;
 } Attention;
@@ -393,13 +401,20 @@ static void attend(const Attention *a, const bf16 *q, int row, int head, int hea
     }
 }
 
+// Keys in a segment of a context: a function of that context alone, so that a row's result does not
+// depend on the other rows. At most `splits` segments.
+INLINE int segment_length(const Attention *a, int context) {
+    const int each = (context + a->splits - 1) / a->splits;
+    return (each + SEGMENT - 1) / SEGMENT * SEGMENT;
+}
+
 // The parts of one query head become its output: each weighted by e^(its top - the common top).
-static void merge(const Attention *a, const float *partials, long stride, bf16 *out) {
+static void merge(const Attention *a, const float *partials, int parts, long stride, bf16 *out) {
     const int D = a->head_size;
     float top = -INFINITY, total = 0.f;
-    for (int s = 0; s < a->splits; s++) top = fmaxf(top, partials[s * stride + D]);
+    for (int s = 0; s < parts; s++) top = fmaxf(top, partials[s * stride + D]);
     float sums[MAX_HEAD_SIZE] = {0};
-    for (int s = 0; s < a->splits; s++) {
+    for (int s = 0; s < parts; s++) {
         const float *part = partials + s * stride, weight = expf(part[D] - top);
         total += weight * part[D + 1];
         for (int d = 0; d < D; d++) sums[d] += weight * part[d];
@@ -424,18 +439,19 @@ void paged_attention(const Attention *a, const bf16 *qkv, bf16 *out, bf16 *queri
             const int split = task % a->splits, tile = task / a->splits % tiles;
             const int head = task / a->splits / tiles % a->kv_heads;
             const int row = task / a->splits / tiles / a->kv_heads;
-            const int seen = a->contexts[row];
+            const int seen = a->contexts[row], length = segment_length(a, seen);
             const int first = a->window && seen > a->window ? seen - a->window : 0;
-            const long length = seen - first;
+            const int from = split * length > first ? split * length : first;
             const int query = head * group + tile * HEAD_TILE;
             attend(a, queries + ((long)row * a->heads + query) * D, row, head,
-                   at_most(group - tile * HEAD_TILE, HEAD_TILE), first + (int)(length * split / a->splits),
-                   first + (int)(length * (split + 1) / a->splits),
+                   at_most(group - tile * HEAD_TILE, HEAD_TILE), from, at_most((split + 1) * length, seen),
                    partials + split * stride + ((long)row * a->heads + query) * (D + 2));
         }
 #pragma omp for schedule(static)
-        for (int head = 0; head < a->rows * a->heads; head++)
-            merge(a, partials + (long)head * (D + 2), stride, out + (long)head * D);
+        for (int head = 0; head < a->rows * a->heads; head++) {
+            const int seen = a->contexts[head / a->heads], length = segment_length(a, seen);
+            merge(a, partials + (long)head * (D + 2), (seen + length - 1) / length, stride, out + (long)head * D);
+        }
     }
 }
 

@@ -126,6 +126,37 @@ def check_attention(
     torch.testing.assert_close(mine[1], values)
 
 
+def test_a_row_is_the_same_bits_alone_and_among_others(kernels: Kernels) -> None:
+    """Sampling with a seed then gives the same text alone and in a batch."""
+    x, weight, norm = draw(32, 576), draw(97, 576), draw(576)
+    whole = kernels.rms_linear(x, norm, weight, None, EPS, torch.float32)
+    for count in (1, 2, 5, 8, 9, 15):
+        some = kernels.rms_linear(x[3 : 3 + count].clone(), norm, weight, None, EPS, torch.float32)
+        assert torch.equal(some, whole[3 : 3 + count])
+
+
+def test_attention_of_a_row_is_the_same_bits_alone_and_among_others(kernels: Kernels) -> None:
+    contexts, page_size = [700, 1, 4000, 9000, 260], 256
+    tables = torch.arange(1, 1 + 36 * len(contexts)).view(len(contexts), 36).int()
+    angles = torch.rand(len(contexts), 16)
+    qkv, keys, values = draw(5, 5 * 32), draw(200, 1, page_size, 32), draw(200, 1, page_size, 32)
+
+    def attend(rows: list[int]) -> Tensor:
+        chosen = [contexts[row] for row in rows]
+        shared = PagedRows(
+            angles[rows].cos(),
+            angles[rows].sin(),
+            tables[rows],
+            torch.tensor(chosen).int(),
+            max(chosen),
+        )
+        return kernels.paged_attention(qkv[rows].contiguous(), keys, values, shared, scale=0.2)
+
+    whole = attend([0, 1, 2, 3, 4])
+    for row in range(5):
+        assert torch.equal(attend([row])[0], whole[row])
+
+
 def test_the_status_says_why() -> None:
     usable, why = kernel_status()
     assert why
