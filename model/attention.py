@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention_cpu import cpu_attention
 from model.batch import Batch
 from model.kv_cache import KVCache
 
@@ -65,6 +66,8 @@ def attention(
     keys, values = cache.keys[layer], cache.values[layer]
     if backend == "reference":
         return reference(q, keys, values, batch, scale, window)
+    if backend == "cpu":
+        return cpu_attention(q, keys, values, batch, scale, window)
     if backend in ("triton", "varlen"):
         from model.attention_cuda import paged_attention
 
