@@ -18,7 +18,7 @@ from torch import Tensor
 from model.largest import BLOCK, argmax, block_sums, largest
 from model.transfers import to_device
 
-_UNIT = 2.0**35  # weights of at most 1 in these units, summed over 2^17 tokens, fill 52 bits
+UNIT = 2.0**35  # weights of at most 1 in these units, summed over 2^17 tokens, fill 52 bits
 _CACHED_ENTRIES = 1 << 18  # a slice of rows this large stays in a core's cache
 
 
@@ -82,7 +82,7 @@ def _draw_rank(
     uniforms, scale, top_k, top_p, log_min_p = columns.T.unsqueeze(-1)  # [n, 1] each
     num_candidates = values.size(1)
     exponents = (values - values[:, :1]) * scale.float()
-    weights = torch.round(torch.exp(exponents) * _UNIT).double()
+    weights = torch.round(torch.exp(exponents) * UNIT).double()
     ends = weights.cumsum(-1)  # exact: whole numbers below 2^53
 
     num_likely = (exponents >= log_min_p.float()).sum(-1, keepdim=True)
@@ -90,7 +90,7 @@ def _draw_rank(
     left_mass = ends.gather(1, num_left - 1)
     seen = num_left < num_candidates
     if masses is not None:
-        left_mass = torch.where(masses > 0, masses * _UNIT, left_mass)
+        left_mass = torch.where(masses > 0, masses * UNIT, left_mass)
         seen |= masses > 0
 
     places = torch.arange(num_candidates, device=values.device)
@@ -108,21 +108,18 @@ def _masses(logits: Tensor, columns: Tensor, whole: list[int]) -> Tensor:
     """[n, 1] float64: the sum of weights of the rows in ``whole``, the largest 1; 0 elsewhere."""
     scale = columns[:, 1:2].float()
     if len(whole) == logits.size(0):
-        return _joined([_mass(logits[rows], scale[rows]) for rows in slices_of(logits)])
+        return _joined([whole_mass(logits[rows], scale[rows]) for rows in slices_of(logits)])
     index = to_device(torch.tensor(whole), logits.device)
     logits, scale = logits[index], scale[index]
-    masses = _joined([_mass(logits[rows], scale[rows]) for rows in slices_of(logits)])
+    masses = _joined([whole_mass(logits[rows], scale[rows]) for rows in slices_of(logits)])
     return torch.zeros_like(columns[:, :1]).index_copy_(0, index, masses)
 
 
-def _mass(logits: Tensor, scale: Tensor) -> Tensor:
+def whole_mass(logits: Tensor, scale: Tensor) -> Tensor:
+    """[n, V] logits, [n, 1] inverse temperatures -> [n, 1] float64: in weights of the largest."""
     best = logits.amax(-1, keepdim=True)
-    return (
-        torch.softmax((logits - best).mul_(scale), dim=-1)
-        .amax(-1, keepdim=True)
-        .double()
-        .reciprocal()
-    )
+    largest_share = torch.softmax((logits - best).mul_(scale), dim=-1).amax(-1, keepdim=True)
+    return largest_share.double().reciprocal()
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ row, told apart by the row's own settings:
   the largest probability, then exactly k, then top-p of what those left.
 
 A filtered row is drawn from its few hundred largest logits. Where these do not show the end of the
-kept prefix, ``collect`` draws that row again from more of them, at last from all: every width gives
-the same token, because weights are whole multiples of 2^-35 whose float64 sums are exact.
+kept prefix, ``collect`` draws that row again from all of them. Either way gives the same token,
+because weights are whole multiples of 2^-35 whose float64 sums are exact in any order.
 """
 
 # R rows drawn, n rows of one kind, V vocabulary, K candidates
@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from model.drawing import DrawSettings, draw_by_id, draw_by_rank, pick_largest
+from model.flat_rows import draw_flat_rows
 from model.logprobs import PendingLogprobs, RawLogprob, launch_logprobs, prompt_logprobs
 from model.penalties import PenaltyState, adjust, is_adjusted
 from model.random_draws import uniform
 from model.transfers import HostCopy, to_device
 
 GREEDY_BELOW = 1e-5  # vLLM's; smaller temperatures leave the largest logit alone anyway
-_FEW, _MANY, _LOTS = 64, 256, 8192  # candidates: for small top-k, for the rest, on a second try
+_FEW, _MANY = 64, 256  # candidates: where every row has a small top-k, and else
 
 
 class _Kind(Enum):
@@ -163,10 +164,13 @@ class _Group:
         settings = [row.draw_settings(vocab_size) for row in chosen]
         return cls(members, own, settings, _draw(kind, own, settings))
 
-    def redraw(self, places: list[int], num_candidates: int) -> Tensor:
-        """[m, 3]: the filtered rows at ``places`` of this group, from more candidates."""
+    def redraw(self, places: list[int]) -> Tensor:
+        """[m, 3]: the filtered rows at ``places`` of this group, from all their tokens."""
         settings = [self.settings[place] for place in places]
-        return draw_by_rank(self.logits[places], settings, num_candidates)
+        logits = self.logits[places]
+        if logits.is_cuda:  # sorts fast, and waits at every value read
+            return draw_by_rank(logits, settings, logits.size(1))
+        return draw_flat_rows(logits, settings)
 
 
 class Drawn:
@@ -212,13 +216,10 @@ class Drawn:
         """Settles the rows whose candidates did not suffice, group by group; their indices."""
         redrawn: set[int] = set()
         for group in self._groups:
-            for num_candidates in (_LOTS, group.logits.size(1)):
-                places = [p for p, i in enumerate(group.members) if not outcomes[i][2]]
-                if not places:
-                    break
+            places = [p for p, i in enumerate(group.members) if not outcomes[i][2]]
+            if places:
                 members = [group.members[place] for place in places]
-                again = group.redraw(places, num_candidates).tolist()
-                outcomes.update(zip(members, again, strict=True))
+                outcomes.update(zip(members, group.redraw(places).tolist(), strict=True))
                 redrawn.update(members)
         return redrawn
 

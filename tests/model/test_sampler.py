@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.drawing import DrawSettings, draw_by_rank
+from model.flat_rows import draw_flat_rows
 from model.largest import argmax, largest
 from model.logprobs import prompt_logprobs
 from model.penalties import PenaltyState, adjust
@@ -229,12 +230,12 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(
         SamplingRow,
         logits_row=st.just(0),
         temperature=st.sampled_from([1e-5, 0.3, 1.0, 2.0]),
-        top_p=st.sampled_from([1.0, 0.9, 0.2]),
-        top_k=st.sampled_from([0, 1, 40, 63, 64, 256]),
+        top_p=st.sampled_from([1.0, 0.99999, 0.9, 0.2, 1e-9]),
+        top_k=st.sampled_from([0, 1, 40, 63, 64, 256, 3_000]),
         min_p=st.sampled_from([0.0, 0.02, 0.5]),
     ),
 )
-def test_few_candidates_when_certain_draw_what_all_of_them_draw(
+def test_few_candidates_when_certain_and_buckets_always_draw_what_a_sort_draws(
     seed: int, spread: float, levels: float | None, row: SamplingRow
 ) -> None:
     logits = logits_of(40, 9_000, seed=seed, spread=spread)
@@ -242,6 +243,7 @@ def test_few_candidates_when_certain_draw_what_all_of_them_draw(
         logits = (logits * levels).round() / levels
     rows = [replace(row.draw_settings(9_000), uniform=uniform(seed, i, 0)) for i in range(40)]
     complete = draw_by_rank(logits, rows, 9_000)
+    assert torch.equal(draw_flat_rows(logits, rows), complete)
     for num_candidates in (64, 256, 8_192):
         few = draw_by_rank(logits, rows, num_candidates)
         certain = few[:, 2] > 0
