@@ -156,6 +156,12 @@ class BlockPool:
         for digest in self._digests.pop(block, ()):
             del self._index[digest]
 
+    def distrust(self, blocks: Sequence[int]) -> None:
+        """Held blocks whose content may be wrong: nobody new is to read them."""
+        for block in blocks:
+            assert self._holders[block] > 0, "distrusted while nobody holds it"
+            self._forget(block)
+
     def forget_all(self) -> None:
         """Empties the prefix cache; what is held stays held."""
         for block in list(self._digests):

@@ -159,6 +159,8 @@ class Scheduler:
         if sequence.status is Status.FINISHED:
             self.counters.discarded_tokens += len(came.draws)
         elif came.error is not None:
+            # What went wrong may lie in its pages: the next to ask the same must not find it there.
+            self.pool.distrust(sequence.block_table)
             for choice in sequence.choices:
                 ending = Ending("error", error=came.error)
                 self._finish(sequence, choice.index, ending, now, out)

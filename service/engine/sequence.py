@@ -163,7 +163,7 @@ class Sequence:
     @property
     def choices_that_draw(self) -> tuple[Choice, ...]:
         """All, but those that asked for no token: max_tokens 0, the prompt alone."""
-        if all(choice.settings.max_tokens > 0 for choice in self.choices):
+        if self.num_output or all(choice.settings.max_tokens > 0 for choice in self.choices):
             return self.choices
         return tuple(choice for choice in self.choices if choice.settings.max_tokens > 0)
 

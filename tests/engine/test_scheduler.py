@@ -165,6 +165,33 @@ def test_part_of_a_page_is_copied_and_not_shared() -> None:
     storm.end()
 
 
+def test_a_page_copied_from_is_kept_longer_than_one_not_asked_for() -> None:
+    """Five blocks: two cached pages; the copy needs one more than is free without them."""
+    storm = a_storm(num_blocks=6)
+    wanted, unwanted = list(range(7)), list(range(20, 27))
+    for number, prompt in enumerate([wanted, unwanted]):
+        storm.submit(ask(number, prompt, max_tokens=1))
+        storm.end()
+    storm.submit(ask(2, [*wanted[:6], *range(40, 66)], max_tokens=1))
+    storm.end()
+    assert first_output(storm, 2).cached_tokens == 4
+    storm.submit(ask(3, unwanted, max_tokens=1))
+    storm.end()
+    assert first_output(storm, 3).cached_tokens == 0
+
+
+def test_grains_copied_are_known_again_once_their_source_is_evicted() -> None:
+    storm = a_storm(num_blocks=3)
+    storm.submit(ask(1, list(range(5)), max_tokens=1))
+    storm.end()
+    storm.submit(ask(2, [*range(4), *range(40, 51)], max_tokens=1))  # fills the pool
+    storm.end()
+    storm.submit(ask(3, list(range(5)), max_tokens=1))
+    storm.end()
+    assert first_output(storm, 2).cached_tokens == 4
+    assert first_output(storm, 3).cached_tokens == 4
+
+
 def test_namespaces_share_nothing() -> None:
     storm = a_storm()
     storm.submit(ask(1, list(range(16)), namespace=b"a"))
@@ -307,7 +334,7 @@ def test_nobody_is_admitted_into_blocks_that_the_running_want_at_once() -> None:
     storm = a_storm(num_blocks=4)
     storm.submit(ask(1, 5, max_tokens=18))
     next_step(storm)
-    storm.submit(ask(2, 9, max_tokens=2))
+    storm.submit(ask(2, 9, max_tokens=6))
     storm.end()
     assert storm.scheduler.counters.preemptions == 0
 
@@ -533,6 +560,16 @@ def test_a_failed_row_ends_its_sequence_alone() -> None:
     assert (ending.finish_reason, ending.error) == ("error", "not finite")
     storm.end()
     assert storm.answers[0, 1].endings[0].finish_reason == "length"
+
+
+def test_what_failed_is_not_read_again_from_the_cache() -> None:
+    storm = a_storm()
+    storm.submit(ask(1, 16))
+    storm.run(3)
+    storm.collect(failing=0)
+    storm.submit(ask(2, [1] * 16))
+    storm.end()
+    assert first_output(storm, 2).cached_tokens == 0
 
 
 def test_a_failed_prompt_ends_all_its_choices() -> None:
