@@ -17,13 +17,12 @@ import time
 import torch
 from torch import Tensor
 
+from model.attention_cuda import triton_available
 from model.batch import Batch
 from model.kv_cache import KVCache
 from model.llama import Llama
 
 log = logging.getLogger(__name__)
-
-_GRAPHABLE = ("triton", "varlen")  # backends whose launches depend on shapes alone
 
 
 class DecodeGraphs:
@@ -42,7 +41,10 @@ class DecodeGraphs:
 
     @staticmethod
     def can_capture(model: Llama) -> bool:
-        return model.device.type == "cuda" and model.attention in _GRAPHABLE
+        """Whether the launches of this model depend on shapes alone."""
+        return model.device.type == "cuda" and (
+            model.attention == "triton" or (model.attention == "varlen" and triton_available())
+        )
 
     @torch.inference_mode()
     def capture(self) -> None:
