@@ -6,8 +6,6 @@ while the device works), ``collect`` waits for what was drawn.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,16 +28,17 @@ if TYPE_CHECKING:
     from model.cuda_graphs import DecodeGraphs
 
 NOT_FINITE = "the model's logits are not finite"
+HEAD_SLICE = 256  # prompt tokens whose logits exist at a time: 128 MB of a vocabulary of 128k
 
 
 @dataclass(slots=True)
 class Launched:
-    """A step on its way: ``logits`` [R, V], of which row i of the step begins at ``firsts[i]``."""
+    """A step on its way. With prompt chunks the last residual stream is kept, [T, hidden]."""
 
     step: Step
-    logits: Tensor
-    firsts: list[int]
     drawn: Drawn | None
+    hidden: Tensor | None
+    is_finite: Tensor | None  # [T] bool, of ``hidden``
 
 
 class ModelRunner:
@@ -59,6 +58,10 @@ class ModelRunner:
         self._limits = limits
         self._graphs: DecodeGraphs | None = None
         self._penalties: dict[tuple[int, int], tuple[Sequence, PenaltyState]] = {}
+
+    @property
+    def num_penalty_states(self) -> int:
+        return len(self._penalties)
 
     def capture_graphs(self) -> None:
         """Record decode steps for replay where the device and the attention backend allow it."""
@@ -87,32 +90,59 @@ class ModelRunner:
         if step.copies:
             self.cache.copy(step.copies)
         batch = self._builder.build([_batch_row(row) for row in step.rows])
-        logits = self._forward(batch)
-        firsts = _first_logits(step.rows)
-        rows = self._sampling_rows(step.rows, firsts)
-        return Launched(step, logits, firsts, self._sampler.launch(logits, rows) if rows else None)
+        has_chunks = any(row.count > 1 or not row.choices for row in step.rows)
+        logits, hidden = self._forward(batch, has_chunks)
+        is_finite = hidden.isfinite().all(-1) if hidden is not None else None
+        rows = self._sampling_rows(step.rows)
+        drawn = self._sampler.launch(logits, rows) if rows else None
+        return Launched(step, drawn, hidden, is_finite)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
         """Wait for the draws and hand them to the rows they belong to."""
         draws = iter(launched.drawn.collect() if launched.drawn is not None else [])
-        results = []
-        for row, first in zip(launched.step.rows, launched.firsts, strict=True):
+        is_finite = launched.is_finite.tolist() if launched.is_finite is not None else None
+        results, first = [], 0
+        for row in launched.step.rows:
             own = [next(draws) for _ in row.choices]
-            results.append(_result(own, self._prompt_logprobs(row, launched.logits, first)))
+            if is_finite is not None and not all(is_finite[first : first + row.count]):
+                results.append(RowResult(error=NOT_FINITE))
+            else:
+                results.append(_result(own, self._prompt_logprobs(row, launched.hidden, first)))
+            if results[-1].error is not None:
+                self._cleanse(row)
+            first += row.count
         self._forget_finished()
         return StepResult(results)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        if self._graphs is not None:
-            return self._graphs.forward(batch)
-        logits: Tensor = self.model.forward(batch, self.cache)
-        return logits
+    def _cleanse(self, row: Row) -> None:
+        """What is no number must not stay in pages: whoever gets them next masks it with zeros.
 
-    def _sampling_rows(self, rows: list[Row], firsts: list[int]) -> list[SamplingRow]:
+        Only what this step computed can hold any, and the scheduler does not offer it for sharing.
+        """
+        size = self.cache.block_size
+        pages = row.sequence.block_table[row.start // size : -(-row.end // size)]
+        index = torch.tensor(pages, device=self.model.device)
+        for pool in (*self.cache.keys, *self.cache.values):
+            pool[index] = pool[index].nan_to_num(0.0, 0.0, 0.0)
+
+    def _forward(self, batch: Batch, has_chunks: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits of the rows that sample; with chunks the last residual stream, to be looked at."""
+        if has_chunks:
+            streams: list[Tensor] = []
+            logits = self.model.forward(batch, self.cache, taps=lambda _, x: streams.append(x))
+            return logits, streams[-1]
+        forward = self._graphs.forward if self._graphs is not None else self._eager
+        return forward(batch), None
+
+    def _eager(self, batch: Batch) -> Tensor:
+        return self.model.forward(batch, self.cache)
+
+    def _sampling_rows(self, rows: list[Row]) -> list[SamplingRow]:
+        sampling = [row for row in rows if row.choices]
         return [
-            self._sampling_row(row.sequence, choice, first + row.num_logits - 1)
-            for row, first in zip(rows, firsts, strict=True)
+            self._sampling_row(row.sequence, choice, logits_row)
+            for logits_row, row in enumerate(sampling)
             for choice in row.choices
         ]
 
@@ -159,12 +189,21 @@ class ModelRunner:
         for key in gone:
             del self._penalties[key]
 
-    def _prompt_logprobs(self, row: Row, logits: Tensor, first: int) -> list[TokenLogprob]:
+    def _prompt_logprobs(self, row: Row, hidden: Tensor | None, first: int) -> list[TokenLogprob]:
+        """Of ``row.targets``; the row's hidden states begin at ``first``. The head in slices."""
         if not row.num_targets:
             return []
+        assert hidden is not None, "hidden states were not kept"
         wanted = row.sequence.request.submit.prompt_logprobs or 0
-        own = logits[first : first + row.num_targets]
-        return [_logprob(raw) for raw in self._sampler.prompt_logprobs(own, row.targets, wanted)]
+        start = first + row.count - row.num_logits
+        known: list[TokenLogprob] = []
+        for begin in range(0, row.num_targets, HEAD_SLICE):
+            targets = row.targets[begin : begin + HEAD_SLICE]
+            own = hidden[start + begin : start + begin + len(targets)]
+            logits = self.model.head(self.model.norm(own)).float()
+            found = self._sampler.prompt_logprobs(logits, targets, wanted)
+            known += [_logprob(raw) for raw in found]
+        return known
 
 
 def _batch_row(row: Row) -> BatchRow:
@@ -172,17 +211,8 @@ def _batch_row(row: Row) -> BatchRow:
         tokens=row.tokens,
         start=row.start,
         block_table=row.sequence.block_table,
-        num_logits=row.num_logits,
+        num_logits=1 if row.choices else 0,  # those of prompt tokens are computed in slices
     )
-
-
-def _first_logits(rows: SequenceOf[Row]) -> list[int]:
-    """Where each row's logits begin: they lie in the order of the rows."""
-    firsts, total = [], 0
-    for row in rows:
-        firsts.append(total)
-        total += row.num_logits
-    return firsts
 
 
 def _banned(settings: SamplingSettings, sequence: Sequence) -> list[int]:
@@ -204,8 +234,6 @@ def _ends_with(tokens: list[int], ending: tuple[int, ...]) -> bool:
 def _result(draws: list[RawDraw], prompt_logprobs: list[TokenLogprob]) -> RowResult:
     """One bad draw ends its sequence, and no other."""
     error: str | None = next((str(draw.error) for draw in draws if draw.error), None)
-    if any(math.isnan(known.logprob) for known in prompt_logprobs):
-        error = NOT_FINITE
     if error is not None:
         return RowResult(error=error)
     drawn = [Draw(draw.token, _logprob(draw.logprob) if draw.logprob else None) for draw in draws]

@@ -55,6 +55,10 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
     options = read_options()
     configure_logging(options.log_level, options.log_format)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(
+        logging.WARNING if options.log_level == "debug" else logging.ERROR
+    )
     connections = Connections(options.socket)
     die_with_parent(options.parent, connections.unlink)
     pulse = Pulse(connections)

@@ -249,12 +249,12 @@ async def test_penalties_bans_and_limits_reach_the_sampler(engine: EngineClient)
 async def test_a_row_that_is_not_finite_fails_alone(
     engine: EngineClient, network: LlamaForCausalLM
 ) -> None:
-    bad, good = [*prompt_of(25, seed=94), NAN_TOKEN, 6], prompt_of(40, seed=95)
-    answers = await asyncio.gather(
-        *(ask(engine, p, greedy(), namespace=b"nan") for p in (bad, good))
-    )
-    assert answers[0][0].last is not None
-    assert answers[0][0].last.finish_reason == "error"
+    bad, good = [*prompt_of(25, seed=94), NAN_TOKEN, *range(3, 80)], prompt_of(40, seed=95)
+    answers = await asyncio.gather(*(ask(engine, prompt, greedy()) for prompt in (bad, good, bad)))
+    once_more = await ask(engine, bad, greedy())
+    for failed in (answers[0][0], answers[2][0], once_more[0]):
+        assert failed.last is not None
+        assert (failed.last.finish_reason, failed.cached_tokens) == ("error", 0)
     assert answers[1][0].tokens == generated(network, good, 24)
     short = good[:3]  # less than a page: what the page held before lies behind it
     after = await asyncio.gather(*(ask(engine, p, greedy(9)) for p in (short, short, good)))

@@ -1,0 +1,152 @@
+"""The runner alone: a scheduler's steps through a real, tiny network in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from service.engine import runner as runner_module
+from service.engine.blocks import BlockPool
+from service.engine.loading import Loaded, choose_device, load, warm_up
+from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
+from service.engine.options import EngineOptions
+from service.engine.scheduler import Scheduler
+from tests.engine.checkpoints import write_tiny_llama
+
+BLOCK, NUM_BLOCKS, CHUNK = 32, 40, 24
+PROMPT = [(7 * i) % 150 + 3 for i in range(70)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> LlamaForCausalLM:
+    return write_tiny_llama(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
+    options = EngineOptions(
+        model=str(folder),
+        socket="",
+        device="cpu",
+        threads=1,
+        block_size=BLOCK,
+        num_kv_blocks=NUM_BLOCKS,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=16,
+    )
+    heard: list[float] = []
+    loaded = load(options, heard.append)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
+    return loaded
+
+
+def answer(loaded: Loaded, *submits: Submit) -> dict[tuple[int, int], list[Output]]:
+    """Every output by (request, choice), with a scheduler and a pool of its own."""
+    limits = loaded.limits
+    scheduler = Scheduler(
+        BlockPool(loaded.num_blocks, limits.block_size),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+    )
+    answers: dict[tuple[int, int], list[Output]] = {}
+    for submit in submits:
+        scheduler.add(submit)
+    while (step := scheduler.schedule()) is not None:
+        for outputs in scheduler.update(step, loaded.runner.run(step)).values():
+            for output in outputs:
+                answers.setdefault((output.id, output.choice), []).append(output)
+    return answers
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def greedy(**fields: object) -> SamplingSettings:
+    return SamplingSettings(temperature=0.0, **fields)  # type: ignore[arg-type]
+
+
+def test_choices_drawn_from_one_row_differ_by_their_settings_alone(loaded: Loaded) -> None:
+    settings = [greedy(), greedy(logit_bias={9: 100.0}), SamplingSettings(seed=3), greedy()]
+    together = answer(loaded, Submit(1, PROMPT, settings))
+    for i, own in enumerate(settings):
+        alone = answer(loaded, Submit(1, PROMPT, [own]))
+        assert tokens(together[1, i]) == tokens(alone[1, 0])
+    assert tokens(together[1, 1]) == [9] * 16
+
+
+def test_prompt_logprobs_are_the_same_in_slices_and_chunks(
+    loaded: Loaded, network: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Submit(1, PROMPT, [greedy(max_tokens=1)], prompt_logprobs=2)
+    whole = answer(loaded, submit)[1, 0][0].prompt_logprobs
+    monkeypatch.setattr(runner_module, "HEAD_SLICE", 5)
+    sliced = answer(loaded, submit)[1, 0][0].prompt_logprobs
+    assert whole is not None
+    assert sliced is not None
+    assert len(whole) == len(sliced) == len(PROMPT)
+    with torch.inference_mode():
+        expected = network(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    for i, (one, other) in enumerate(zip(whole[1:], sliced[1:], strict=True)):
+        assert isinstance(one, TokenLogprob)
+        assert isinstance(other, TokenLogprob)
+        assert one.logprob == pytest.approx(expected[i, PROMPT[i + 1]].item(), abs=1e-4)
+        assert other.logprob == pytest.approx(one.logprob, abs=1e-5)
+        assert one.top_ids == other.top_ids
+
+
+def test_a_prompt_scored_and_not_continued_needs_no_draw(loaded: Loaded) -> None:
+    submit = Submit(1, PROMPT, [greedy(max_tokens=0)], prompt_logprobs=0)
+    (output,) = answer(loaded, submit)[1, 0]
+    assert (output.tokens, output.finish_reason) == ([], "length")
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(PROMPT)
+
+
+def test_penalty_states_are_forgotten_with_their_sequences(loaded: Loaded) -> None:
+    penalised = greedy(repetition_penalty=1.5, frequency_penalty=0.5, max_tokens=12)
+    together = answer(loaded, *(Submit(i, PROMPT[i:], [penalised] * 2) for i in range(3)))
+    assert all(len(tokens(outputs)) == 12 for outputs in together.values())
+    answer(loaded, Submit(9, PROMPT, [greedy(max_tokens=1)]))
+    assert loaded.runner.num_penalty_states == 0
+
+
+def test_a_bad_word_is_barred_only_where_it_would_be_completed(loaded: Loaded) -> None:
+    plain = tokens(answer(loaded, Submit(1, PROMPT, [greedy()]))[1, 0])
+    whole, start = (plain[2], plain[3]), (plain[3], plain[2])
+    barred = tokens(answer(loaded, Submit(1, PROMPT, [greedy(bad_words=(whole,))]))[1, 0])
+    assert barred[:3] == plain[:3]
+    assert barred[3] != plain[3]
+    other = tokens(answer(loaded, Submit(1, PROMPT, [greedy(bad_words=(start,))]))[1, 0])
+    assert other[:4] == plain[:4]
+
+
+def test_a_warm_up_leaves_nothing_behind(loaded: Loaded) -> None:
+    before = tokens(answer(loaded, Submit(1, PROMPT, [greedy()]))[1, 0])
+    steps = list(warm_up(loaded))
+    assert [count for count, _ in steps] == [CHUNK, 1, 8]
+    assert tokens(answer(loaded, Submit(1, PROMPT, [greedy()]))[1, 0]) == before
+
+
+def test_a_device_that_is_not_there_is_a_readable_error() -> None:
+    with pytest.raises(ValueError, match="device cuda:63 is not there"):
+        choose_device("cuda:63")
