@@ -1,0 +1,249 @@
+"""The server's life seen from outside: starts that fail in one line, drains, ends, and orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.running import ROOT, Running, serving, wait_until
+
+STREAM = {"prompt": "Once upon a time", "stream": True, "ignore_eos": True}
+
+
+def pronk(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PRONK_")}
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+# ---- starts
+
+
+def test_the_listener_is_up_before_the_model_is() -> None:
+    with serving("--no-sample", ready=False) as running:
+        wait_until(lambda: status(running, "/livez") == 200, "the listener", running)
+        first = httpx.get(f"{running.url}/readyz", timeout=5)
+        assert first.status_code in (200, 503)
+        if first.status_code == 503:
+            assert first.json()["stage"] in ("starting", "loading", "warming_up")
+            refused = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}, timeout=5)
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+        running.wait_ready()
+
+
+def test_the_banner_and_a_sample_are_printed(server: Running) -> None:
+    wait_until(lambda: "Once upon a time" in server.output(), "the sample", server)
+    text = server.output()
+    assert server.url in text
+    assert "KV cache" in text
+    assert "bfloat16" in text or "float32" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/does/not/exist"], "no model at"),
+        (["--port", "99999"], "port"),
+        (["--host", "999.1.1.1"], "cannot listen"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_a_start_that_cannot_be_says_so_in_a_line(arguments: list[str], words: str) -> None:
+    done = pronk("serve", *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_said_at_once(server: Running) -> None:
+    done = pronk("serve", "--port", server.url.rpartition(":")[2])
+    assert done.returncode == 1
+    assert "in use" in done.stderr
+
+
+def test_a_broken_checkpoint_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    done = pronk("serve", str(tmp_path), "--port", "0")
+    assert done.returncode == 1
+    assert "Mixtral" in done.stderr or "safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- ends
+
+
+def test_sigterm_drains_streams_finish_and_new_work_is_refused() -> None:
+    with serving("--no-sample") as running:
+        body = STREAM | {"max_tokens": 900}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: status(running, "/readyz") == 503, "readiness to turn", running)
+            refused = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}, timeout=5)
+            events = [line for line in lines if line.startswith("data: ")]
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        assert events[-1] == "data: [DONE]"
+        assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert running.process.wait(30) == 0
+
+
+def test_a_stream_past_the_drain_timeout_gets_its_one_terminal_event() -> None:
+    with serving("--no-sample", "--drain-timeout", "0.2") as running:
+        events: list[str] = []
+        began = threading.Event()
+
+        def read() -> None:
+            body = STREAM | {"max_tokens": 1000, "n": 32}
+            url = f"{running.url}/v1/completions"
+            with httpx.stream("POST", url, json=body, timeout=60) as answer:
+                for line in answer.iter_lines():
+                    began.set()
+                    if line.startswith("data: "):
+                        events.append(line)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert began.wait(30)
+        assert running.end(timeout=20) == 0
+        reader.join(10)
+        assert events[-1] == "data: [DONE]"
+        assert sum('"error"' in event for event in events) == 1
+        assert '"error"' in events[-2]
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with serving("--no-sample", "--drain-delay", "60") as running:
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: status(running, "/readyz") == 503, "readiness to turn", running)
+        assert running.end(timeout=10) != 0
+
+
+def test_a_killed_server_leaves_no_engine_and_no_socket_behind() -> None:
+    with serving("--no-sample") as running:
+        engines = psutil.Process(running.process.pid).children(recursive=True)
+        assert engines, "the engine is a process of its own"
+        folders = sockets_of(engines[0])
+        assert folders, "the engine listens on a Unix socket"
+        running.process.kill()
+        running.process.wait()
+        psutil.wait_procs(engines, timeout=15)
+        assert [process for process in engines if process.is_running()] == []
+        end = time.monotonic() + 5
+        while any(path.exists() for path in folders) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [path for path in folders if path.exists()] == []
+
+
+def sockets_of(process: psutil.Process) -> list[Path]:
+    found = {connection.laddr for connection in process.net_connections("unix")}
+    return [Path(str(name)) for name in found if name]
+
+
+def test_a_killed_engine_is_back_and_every_client_is_answered(server: Running) -> None:
+    events: list[str] = []
+    began = threading.Event()
+
+    def read() -> None:
+        body = STREAM | {"max_tokens": 1000, "n": 16}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                began.set()
+                if line.startswith("data: "):
+                    events.append(line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert began.wait(30)
+    for engine in psutil.Process(server.process.pid).children():
+        engine.kill()
+    reader.join(30)
+    assert events[-1] == "data: [DONE]"
+    assert sum('"error"' in event for event in events) == 1
+    server.wait_ready()
+    body = {"prompt": "Once", "max_tokens": 3}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+
+
+def test_it_serves_on_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    left_behind = socket.socket(socket.AF_UNIX)
+    left_behind.bind(str(path))  # by a server that was killed
+    left_behind.close()
+    with serving("--no-sample", "--uds", str(path), ready=False) as running:
+        wait_until(lambda: accepts(path), "the socket to answer", running)
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://pronk") as client:
+            assert client.get("/livez", timeout=5).status_code == 200
+
+
+def accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def status(running: Running, path: str) -> int:
+    try:
+        return httpx.get(f"{running.url}{path}", timeout=5).status_code
+    except httpx.TransportError:
+        return 0
+
+
+# ---- the other commands
+
+
+def test_doctor_reports() -> None:
+    done = pronk("doctor")
+    assert done.returncode == 0
+    assert "torch" in done.stdout
+
+
+def test_help_names_every_setting() -> None:
+    from service.settings import Settings
+
+    text = pronk("serve", "--help").stdout
+    flags = [name.replace("_", "-") for name in Settings.model_fields if name != "model"]
+    assert [flag for flag in flags if f"--{flag}" not in text] == []
+
+
+def test_chat_answers_in_the_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", "chat", "--max-tokens", "12"],
+        input="Hello\n/quit\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model" in done.stdout
