@@ -78,6 +78,7 @@ def _torch() -> list[Finding]:
     findings = [
         Finding("torch", torch.__version__, _torch_advice(torch.__version__)),
         Finding("oneDNN", "yes" if torch.backends.mkldnn.enabled else "no"),
+        _kernels(),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -86,11 +87,30 @@ def _torch() -> list[Finding]:
             findings.append(
                 Finding(f"cuda:{index}", f"{name}, {free / GIB:.1f} GiB free of {total / GIB:.1f}")
             )
+        findings.append(_gpu_attention())
     else:
         built = torch.version.cuda
         advice = "torch has CUDA but sees no device: check the driver" if built else ""
         findings.append(Finding("gpu", "none seen: the CPU serves", advice))
     return findings
+
+
+def _gpu_attention() -> Finding:
+    import torch
+
+    from model.attention import choose_backend
+
+    name = choose_backend("auto", torch.device("cuda"))
+    advice = "pip install triton for a faster one" if name == "sdpa" else ""
+    return Finding("attention", name, advice)
+
+
+def _kernels() -> Finding:
+    from model.kernels import kernel_status
+
+    usable, why = kernel_status()
+    advice = "install a C compiler (gcc), then pronk again" if "compiler" in why else ""
+    return Finding("decode kernels", why if usable else f"PyTorch ({why})", advice)
 
 
 def _torch_advice(version: str) -> str:

@@ -66,22 +66,39 @@ class _StageLines:
 
 def banner(settings: Settings, model: ServedModel, state: State, socket: listener.Socket) -> None:
     """Model, device, dtype, cache and address: what an operator asks first."""
-    capacity = max(0, state.num_blocks - 1) * state.block_size
-    facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
-    logger.info("pronk %s serves %s", __version__, ", ".join(model.names))
-    logger.info("%s", facts)
+    facts = state.facts
+    names, size = ", ".join(model.names), _in_short(int(facts["parameters"]))
     logger.info(
-        "context %s tokens  KV cache %s tokens (%s pages of %s)",
+        "pronk %s serves %s (%s, %s parameters)", __version__, names, facts["architecture"], size
+    )
+    logger.info(
+        "on %s in %s with %s threads; decodes by %s; torch %s",
+        facts["device"],
+        facts["dtype"],
+        facts["threads"],
+        facts["attention"],
+        facts["torch"],
+    )
+    logger.info(
+        "context %s tokens; KV cache %s tokens; at most %s sequences and %s tokens a step",
         f"{model.context:,}",
-        f"{capacity:,}",
-        f"{max(0, state.num_blocks - 1):,}",
-        state.block_size,
+        f"{int(facts['kv_tokens']):,}",
+        facts["max_num_seqs"],
+        facts["max_num_batched_tokens"],
     )
     if settings.log_content:
         logger.warning("--log-content is on: prompts and answers are written to the log")
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no --api-key: whoever reaches this address may use the model")
     logger.info("ready on %s", listener.address(settings, socket))
+
+
+def _in_short(count: int) -> str:
+    """4737792 -> 4.7M."""
+    for power, unit in ((9, "B"), (6, "M"), (3, "K")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f}{unit}"
+    return str(count)
 
 
 async def sample(app: FastAPI, settings: Settings, model: ServedModel) -> None:

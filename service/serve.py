@@ -191,8 +191,10 @@ class Server:
             await presentation.sample(self.app, self.settings, self.model)
 
     async def _load(self) -> None:
-        path = self.source.path or await asyncio.to_thread(self._download)
-        if self.source.path is None:
+        path = self.source.path
+        if path is None:
+            self.engine.announced(State(stage="loading", reason="fetching the checkpoint"))
+            path = await asyncio.to_thread(self._download)
             self.engine.set_model(str(path))
         await self.engine.start()
         await asyncio.to_thread(describe, self.model, path, self.settings)
