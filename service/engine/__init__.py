@@ -1,1 +1,1 @@
-"""The engine: integers schedule, tensors begin at the runner. Imports nothing of ``service.api``."""
+"""The engine: integers schedule, tensors begin at the runner. It imports nothing of the API."""
