@@ -10,6 +10,8 @@ CPU_SHARE = 0.4  # of the memory still available once the model is loaded; touch
 CPU_DEFAULTS = (64, 512)  # max_num_seqs, max_num_batched_tokens
 GPU_DEFAULTS = (256, 8192)
 MIB = 1 << 20
+LONGEST_STEP = 0.5  # seconds: commands, hang-ups and decoding neighbours wait for a step to end
+LEAST_BUDGET = 256  # tokens; below it prompts lose more speed than the others gain
 
 
 class NotEnoughMemory(ValueError):
@@ -84,6 +86,14 @@ def limits_that_fit(options: EngineOptions, limits: Limits, num_blocks: int) -> 
             f"lower it, or give the cache more memory"
         )
     return Limits(limits.max_num_seqs, limits.max_num_batched_tokens, reachable, limits.block_size)
+
+
+def limits_that_keep_pace(options: EngineOptions, limits: Limits, tokens_a_second: float) -> Limits:
+    """``limits`` with a budget that takes about ``LONGEST_STEP``, unless one was asked for."""
+    budget = max(LEAST_BUDGET, 2 * limits.max_num_seqs, int(LONGEST_STEP * tokens_a_second))
+    if options.max_num_batched_tokens is not None or budget >= limits.max_num_batched_tokens:
+        return limits
+    return Limits(limits.max_num_seqs, budget, limits.max_model_len, limits.block_size)
 
 
 def _mib(count: int) -> str:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from model.checkpoint import load_model
 from model.kv_cache import KVCache, bytes_per_block
 from model.llama import Llama
-from service.engine.capacity import CPU_SHARE, Limits, limits_that_fit, limits_wanted, num_blocks
+from service.engine.capacity import (
+    CPU_SHARE,
+    Limits,
+    limits_that_fit,
+    limits_that_keep_pace,
+    limits_wanted,
+    num_blocks,
+)
 from service.engine.machine import available_memory, usable_cores
 from service.engine.messages import SamplingSettings, Submit
 from service.engine.options import EngineOptions
@@ -81,6 +88,14 @@ def warm_up(loaded: Loaded) -> Iterator[tuple[int, float]]:
         began = time.monotonic()
         loaded.runner.run(step)
         yield step.num_tokens, time.monotonic() - began
+
+
+def settle(options: EngineOptions, loaded: Loaded, steps: list[tuple[int, float]]) -> Loaded:
+    """``loaded`` with a token budget this machine keeps pace with, judged by its warm-up."""
+    rate = max(tokens / seconds for tokens, seconds in steps)
+    limits = limits_that_keep_pace(options, loaded.limits, rate)
+    facts = loaded.facts | {"max_num_batched_tokens": str(limits.max_num_batched_tokens)}
+    return replace(loaded, limits=limits, facts=facts)
 
 
 def _warm_up_steps(limits: Limits, num_blocks: int) -> Iterator[Step]:

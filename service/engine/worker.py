@@ -106,13 +106,15 @@ def make_scheduler(options: EngineOptions, limits: Limits, num_blocks: int) -> S
 def load_and_warm_up(options: EngineOptions, pulse: Pulse) -> tuple[Loaded, StepRates]:
     """Tells of its progress; raises ``LoadFailure`` whatever went wrong."""
     with one_line_failures():
-        from service.engine.loading import load, warm_up  # torch: seconds
+        from service.engine.loading import load, settle, warm_up  # torch: seconds
 
         rates = StepRates()
         loaded = load(options, lambda share: pulse.publish(State("loading", progress=share)))
         pulse.publish(State("warming_up", progress=1.0, facts=loaded.facts), urgent=True)
-        for num_tokens, seconds in warm_up(loaded):
+        steps = list(warm_up(loaded))
+        for num_tokens, seconds in steps:
             rates.observe(num_tokens, seconds)
+        loaded = settle(options, loaded, steps)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no need to look at them again
     return loaded, rates

@@ -11,6 +11,7 @@ from service.engine.capacity import (
     Limits,
     NotEnoughMemory,
     limits_that_fit,
+    limits_that_keep_pace,
     limits_wanted,
     num_blocks,
 )
@@ -59,6 +60,15 @@ def test_defaults_follow_the_device_and_every_sequence_may_decode_at_once() -> N
     assert limits_wanted(crowded, 2048, is_gpu=False) == Limits(100, 100, 5, 256)
     with pytest.raises(ValueError, match="at most 2048 positions"):
         limits_wanted(options(max_model_len=4096), 2048, is_gpu=False)
+
+
+def test_a_slow_machine_gets_shorter_steps_unless_they_were_asked_for() -> None:
+    limits = Limits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=9, block_size=256)
+    assert limits_that_keep_pace(options(), limits, 2000).max_num_batched_tokens == 512
+    assert limits_that_keep_pace(options(), limits, 600).max_num_batched_tokens == 300
+    assert limits_that_keep_pace(options(), limits, 1).max_num_batched_tokens == 256
+    asked = options(max_num_batched_tokens=512)
+    assert limits_that_keep_pace(asked, limits, 1) is limits
 
 
 @pytest.fixture
