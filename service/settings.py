@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="Token budget of one step; default 512 (CPU), 8192 (GPU)"
     )
-    block_size: int = Field(256, description="Tokens in a page of the KV cache: 32, 64, 128, 256")
+    block_size: int = Field(256, description="Tokens in a page of the KV cache: 32, 64 ... 512")
     num_kv_blocks: int | None = Field(
         None, ge=2, description="Pages of the KV cache; default: from memory"
     )
