@@ -27,6 +27,7 @@ from service.engine.step import Draw, Row, RowResult, Step, StepResult
 if TYPE_CHECKING:
     from model.cuda_graphs import DecodeGraphs
 
+LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no probability: JSON has no infinity
 NOT_FINITE = "the model's logits are not finite"
 HEAD_SLICE = 256  # prompt tokens whose logits exist at a time: 128 MB of a vocabulary of 128k
 
@@ -241,4 +242,5 @@ def _result(draws: list[RawDraw], prompt_logprobs: list[TokenLogprob]) -> RowRes
 
 
 def _logprob(raw: RawLogprob) -> TokenLogprob:
-    return TokenLogprob(raw.logprob, raw.rank, raw.top_ids, raw.top_logprobs)
+    top = [max(LEAST_LOGPROB, logprob) for logprob in raw.top_logprobs]
+    return TokenLogprob(max(LEAST_LOGPROB, raw.logprob), raw.rank, raw.top_ids, top)
