@@ -50,7 +50,10 @@ class Llama(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype, self.device)
         self.layers = nn.ModuleList(Layer(index, make) for index in range(config.num_layers))
         self.norm = make.norm(config.hidden_size)
-        self.head = make.linear(config.hidden_size, [config.vocab_size], split=False)
+        self.is_head_split = not config.tie_embeddings and config.vocab_size % self.group.size == 0
+        self.head = make.linear(
+            config.hidden_size, [config.vocab_size], is_split=self.is_head_split
+        )
         self.rope = Rope(config.rope, config.head_size, self.device)
         self.decode: CompiledDecode | None = None  # settled by ``pack``
         self.path = self.attention  # in words, for the banner
@@ -79,6 +82,8 @@ class Llama(nn.Module):
         if batch.num_logits != batch.num_tokens:
             x = x.index_select(0, batch.logit_rows)
         logits: Tensor = self.head(self.norm(x))
+        if self.is_head_split:
+            logits = self.group.gather_columns(logits)
         return logits.float()
 
     def slots(self) -> dict[str, WeightSlot]:
@@ -101,14 +106,15 @@ class Llama(nn.Module):
         self.embedding.slot().fill(tensor)
         self.head.weight = self.embedding.weight
 
-    def pack(self) -> None:
+    def pack(self, *, compiled: bool = True) -> None:
         """Settles how the weights are read, once every slot is filled.
 
         The compiled decode path reads them as they lie; without it they are re-laid for oneDNN.
         """
         from model.compiled import compile_decode
 
-        self.decode, self.path = compile_decode(self)
+        if compiled:
+            self.decode, self.path = compile_decode(self)
         if self.decode is not None:
             return
         for module in self.modules():
@@ -244,7 +250,7 @@ class _Maker:
         *,
         bias: bool = False,
         by_rows: bool = False,
-        split: bool = True,
+        is_split: bool = True,
     ) -> Linear:
         return Linear(
             inputs,
@@ -252,7 +258,7 @@ class _Maker:
             has_bias=bias,
             dtype=self._dtype,
             device=self._device,
-            group=self.group if split else ParallelGroup(),
+            group=self.group if is_split else ParallelGroup(),
             by_rows=by_rows,
         )
 

@@ -1,0 +1,135 @@
+"""How long a step takes inside the network, with random weights: no server, no sampling.
+
+    python -m tests.benchmarks.decode_step --shape 135m --rows 1 8 32 --context 256
+
+Prints milliseconds a decode step and tokens a second for each number of rows, prompt tokens a
+second, the memory's read bandwidth measured in the same run, and the share of its bound that
+decoding one row reaches. ``--profile`` lists the operations of the last decode instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from model.batch import Batch, BatchBuilder, BatchRow
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.llama import Llama
+from tests.benchmarks.bandwidth import read_bandwidth
+from tests.benchmarks.random_checkpoint import SHAPES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUNDLED = ROOT / "model" / "bundled" / "weights" / "config.json"
+BLOCK_SIZE, CHUNK = 256, 512
+
+
+def config_of(shape: str) -> ModelConfig:
+    if shape == "bundled":
+        return ModelConfig.from_huggingface(json.loads(BUNDLED.read_text()))
+    return ModelConfig.from_huggingface({"model_type": "llama", **SHAPES[shape]})
+
+
+def random_model(config: ModelConfig, options: argparse.Namespace) -> Llama:
+    dtype = getattr(torch, options.dtype)
+    model = Llama(config, dtype, options.device, options.attention)
+    generator = torch.Generator().manual_seed(0)
+    for slot in model.slots().values():
+        slot.fill(torch.empty(slot.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator))
+    model.pack(compiled=not options.no_kernels)
+    return model.eval()
+
+
+class Bench:
+    """A model beside a cache that holds ``rows`` contexts, and the batches to run on it."""
+
+    def __init__(self, model: Llama, rows: int, context: int) -> None:
+        self.model, self.context = model, context
+        self.pages = -(-max(context, 4 * CHUNK) // BLOCK_SIZE)
+        num_blocks = 1 + max(rows * -(-context // BLOCK_SIZE), self.pages)
+        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device)
+        tokens = max(rows, CHUNK)
+        self.builder = BatchBuilder(tokens, rows, self.pages, BLOCK_SIZE, model.device)
+
+    def decodes(self, rows: int) -> Batch:
+        pages = -(-self.context // BLOCK_SIZE)
+        tables = [list(range(1 + row * pages, 1 + (row + 1) * pages)) for row in range(rows)]
+        return self.builder.build([BatchRow([7], self.context - 1, table, 1) for table in tables])
+
+    def chunk(self, history: int) -> Batch:
+        table = list(range(1, 1 + self.pages))
+        return self.builder.build([BatchRow([7] * CHUNK, history, table, 1)])
+
+    @torch.inference_mode()
+    def seconds(self, batch: Batch, repeats: int) -> float:
+        """The best of ``repeats``: the machine's other work only ever adds."""
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.model.forward(batch, self.cache)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+
+def profile(bench: Bench, rows: int) -> None:
+    from torch.profiler import ProfilerActivity
+
+    batch = bench.decodes(rows)
+    bench.seconds(batch, 3)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as record:
+        bench.seconds(batch, 3)
+    print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=["bundled", *SHAPES], default="135m")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--no-kernels", action="store_true", help="PyTorch alone")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = random_model(config_of(options.shape), options)
+    bench = Bench(model, max(options.rows), options.context)
+    if options.profile:
+        profile(bench, options.rows[-1])
+        return
+    report(bench, options)
+
+
+def report(bench: Bench, options: argparse.Namespace) -> None:
+    model = bench.model
+    print(f"{options.shape}, {options.dtype}, {model.num_parameters / 1e6:.0f} M parameters")
+    print(f"{torch.get_num_threads()} threads, {model.path}")
+    print(f"{'rows':>5} {'context':>8} {'ms a step':>10} {'tokens/s':>9}")
+    alone = None
+    for rows in options.rows:
+        seconds = bench.seconds(bench.decodes(rows), options.repeats)
+        alone = seconds if rows == 1 else alone
+        print(f"{rows:5} {options.context:8} {seconds * 1e3:10.1f} {rows / seconds:9.1f}")
+    for history in (0, CHUNK, 3 * CHUNK):
+        seconds = bench.seconds(bench.chunk(history), max(2, options.repeats // 5))
+        print(f"prompt tokens after {history:5}: {CHUNK / seconds:9.0f} a second")
+    if options.device == "cpu":
+        bandwidth = read_bandwidth()
+        print(f"memory read: {bandwidth / 1e9:.1f} GB/s")
+        if alone is not None:
+            bound = model.weight_bytes / bandwidth
+            print(f"one row reaches {bound / alone:.0%} of that bound ({bound * 1e3:.1f} ms)")
+
+
+if __name__ == "__main__":
+    main()
