@@ -17,7 +17,8 @@ CONTROL = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 END_OF_TURN = "<|end|>"
 SIMPLE_BOOKS = ("grimm", "bryant", "burgess", "carroll", "edgeworth")
 SIMPLE_WEIGHT = 4
-MIXTURE = {"books": 0.55, "stories": 0.18, "dialogues": 0.25, "facts": 0.02}
+EARLY = {"books": 0.55, "stories": 0.18, "dialogues": 0.22, "facts": 0.02, "drills": 0.03}
+LATE = {"books": 0.42, "stories": 0.11, "dialogues": 0.40, "facts": 0.05, "drills": 0.02}
 HELD_OUT_EVERY = 60
 _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "_": None})
 
@@ -93,12 +94,16 @@ def train_tokenizer(books: Books, prefix: Path, vocab_size: int, seed: int) -> N
 
 
 class Source:
-    """Documents as token ids, drawn from one seeded generator."""
+    """Documents as token ids, drawn from one seeded generator.
+
+    `mixture` is the kinds' shares; the trainer turns it from `EARLY` to `LATE` on the way.
+    """
 
     def __init__(self, books: Books, tokenizer: sentencepiece.SentencePieceProcessor, seed: int):
         self.books = books
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
+        self.mixture = EARLY
 
     def text_ids(self, text: str) -> list[int]:
         return [self.tokenizer.bos_id(), *self.tokenizer.encode(text), self.tokenizer.eos_id()]
@@ -123,11 +128,21 @@ class Source:
             end += 1
         return self.text_ids("\n\n".join(book[start:end]))
 
+    def drill_ids(self) -> list[int]:
+        """Words in no order, said again and again: nothing to learn here but to look back."""
+        book = self.rng.choice(self.books.train)
+        start = self.rng.randrange(len(book))
+        words = " ".join(book[start : start + 20]).split()
+        words = self.rng.sample(words, min(len(words), self.rng.randint(3, 24)))
+        return self.text_ids(" ".join(words * self.rng.randint(2, 4)))
+
     def document(self, kind: str, length: int) -> list[int]:
         if kind == "books" and self.books.train:
             return self.passage_ids(length)
         if kind == "dialogues":
             return self.chat_ids(write_dialogue(self.rng))
+        if kind == "drills" and self.books.train:
+            return self.drill_ids()
         if kind == "facts":
             return self.text_ids(fact_document(self.rng))
         return self.text_ids(story_document(self.rng))
@@ -135,8 +150,8 @@ class Source:
     def row(self, length: int, kind: str | None = None) -> list[int]:
         """Whole documents from the row's start on; only the last one is cut."""
         ids: list[int] = []
-        book_row = kind == "books" or (kind is None and self.rng.random() < MIXTURE["books"])
-        others = {name: share for name, share in MIXTURE.items() if name != "books"}
+        book_row = kind == "books" or (kind is None and self.rng.random() < self.mixture["books"])
+        others = {name: share for name, share in self.mixture.items() if name != "books"}
         while len(ids) < length:
             drawn = kind or self.rng.choices(list(others), list(others.values()))[0]
             ids += self.document("books" if book_row else drawn, length - len(ids))

@@ -75,9 +75,9 @@ def exchange(topic: str, rng: random.Random, slots: Slots | None = None) -> Exch
 
 def _exchanges(rng: random.Random) -> list[Exchange]:
     choice = rng.random()
-    if choice < 0.3:
+    if choice < 0.15:
         exchanges = _story_chat(rng)
-    elif choice < 0.4:
+    elif choice < 0.25:
         exchanges = _introduction(rng)
     else:
         names = rng.choices(list(SMALL_TALK), list(SMALL_TALK.values()), k=rng.choice([1, 1, 2, 3]))

@@ -112,7 +112,11 @@ def _list(rng: random.Random) -> Slots:
 
 
 def _echo(rng: random.Random) -> Slots:
-    return {"phrase": expand(ECHOES, rng, common(rng))}
+    phrase = expand(ECHOES, rng, common(rng))
+    if rng.random() < 0.4:
+        words = [*heroes(), *TRAITS, *FOODS, *GIRLS, *BOYS]
+        phrase = " ".join(rng.sample(words, rng.randint(1, 5)))
+    return {"phrase": phrase}
 
 
 def _poem(rng: random.Random) -> Slots:

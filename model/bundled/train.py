@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import torch
@@ -21,8 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.bundled.corpus import Books, Source, held_out_rows, read_books, train_tokenizer
+from model.bundled.corpus import (
+    EARLY,
+    LATE,
+    Books,
+    Source,
+    held_out_rows,
+    read_books,
+    train_tokenizer,
+)
 from model.bundled.export import export
+from model.bundled.optimizer import Optimizer, rate_scale
 
 FULL = {
     "vocab_size": 4096,
@@ -44,8 +52,7 @@ TINY = {
 }
 CONTEXT = 1024
 LONG_ROWS_EVERY = 12
-WARMUP_STEPS = 60
-DECAY_FROM = 0.35
+LATE_FROM = 0.5
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -59,60 +66,6 @@ class Run:
     tokens: int = 0
     done: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-class Optimizer:
-    """Float32 masters of bfloat16 weights: Muon for the matrices, AdamW for all else."""
-
-    def __init__(self, network: LlamaForCausalLM, rate: float):
-        self.weights = list(network.parameters())
-        self.masters = [weight.detach().float().clone() for weight in self.weights]
-        names = [name for name, _ in network.named_parameters()]
-        is_matrix = ["layers" in name and "norm" not in name for name in names]
-        matrices = [m for m, matrix in zip(self.masters, is_matrix, strict=True) if matrix]
-        others = [m for m, matrix in zip(self.masters, is_matrix, strict=True) if not matrix]
-        self.rate = rate
-        self.muon = torch.optim.Muon(
-            matrices, lr=rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step(self, scale: float) -> None:
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            assert weight.grad is not None
-            master.grad = weight.grad.float()
-            weight.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * scale
-            optimizer.step()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "masters": self.masters,
-            "muon": self.muon.state_dict(),
-            "adamw": self.adamw.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for master, weight, saved in zip(
-                self.masters, self.weights, state["masters"], strict=True
-            ):
-                master.copy_(saved)
-                weight.copy_(saved)
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
-
-
-def rate_scale(step: int, done: float) -> float:
-    """A short warm-up, a plateau, then straight down to almost nothing."""
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warm * min(1.0, (1.0 - done) / (1.0 - DECAY_FROM) + 0.01)
 
 
 def build_network(tiny: bool, vocab_size: int) -> LlamaForCausalLM:
@@ -163,24 +116,19 @@ def train(options: argparse.Namespace) -> None:
     network = build_network(options.tiny, pieces.vocab_size())
     optimizer = Optimizer(network, options.rate)
     run = restore(work, optimizer)
+    run.done = share_done(run, options)
     length = 64 if options.tiny else 512
     held_out = held_out_rows(Source(books, pieces, options.seed + 1), length + 1, 8)
     source = Source(books, pieces, options.seed + 1000 + run.step)
     loss = make_loss(network, options.compile)
-    progress = Progress(
-        TextColumn("step {task.fields[step]}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tok/s"),
-    )
     started = time.monotonic() - run.seconds
     saved = time.monotonic()
-    with progress:
+    with progress_bar() as progress:
         bar = progress.add_task("", total=1.0, step=run.step, loss=0, speed=0)
         for rows in batches(source, options.batch_tokens, length):
             if run.done >= 1.0:
                 break
+            source.mixture = EARLY if run.done < LATE_FROM else LATE
             value = loss(rows)
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step(rate_scale(run.step, run.done))
@@ -188,9 +136,9 @@ def train(options: argparse.Namespace) -> None:
             run.tokens += rows.numel() - rows.shape[0]
             run.seconds = time.monotonic() - started
             run.done = share_done(run, options)
+            run.history.append({"step": run.step, "tokens": run.tokens, "train": value.item()})
             speed = run.tokens / run.seconds
             progress.update(bar, completed=run.done, step=run.step, loss=value.item(), speed=speed)
-            run.history.append({"step": run.step, "tokens": run.tokens, "train": value.item()})
             if run.done >= 1.0 or time.monotonic() - saved > options.save_minutes * 60:
                 saved = time.monotonic()
                 run.history[-1] |= held_out_losses(make_loss(network, compiled=False), held_out)
@@ -198,6 +146,16 @@ def train(options: argparse.Namespace) -> None:
                 checkpoint(work, run, optimizer)
                 export(network, work / "tokenizer.model", options.out / "weights")
     draw_curve(run.history, options.out / "loss.svg")
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("step {task.fields[step]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tok/s"),
+    )
 
 
 def share_done(run: Run, options: argparse.Namespace) -> float:
