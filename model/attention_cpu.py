@@ -89,7 +89,7 @@ def decode(
     plan = _decode_plan(batch, keys, window)
     grouped = q.reshape(len(q), keys.size(1), -1, q.size(2))  # S, K, G, D
     if plan.is_single:
-        return _decode_single(grouped, keys, values, plan, scale).view(q.shape)
+        return _decode_single(grouped, keys, values, plan, scale).reshape(q.shape)
     return _decode_merged(grouped, keys, values, plan, scale).view(q.shape)
 
 

@@ -1,0 +1,198 @@
+"""Every backend on a processor gives what the plain one gives, whatever the pages look like."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import BACKENDS, UnknownBackend, choose_backend, gathered, reference
+from model.attention_cpu import cpu_attention, make_decode_plan
+from model.batch import Batch, BatchBuilder, BatchRow
+
+FAST = {"cpu": cpu_attention, "sdpa": gathered}
+WINDOWS = (None, 1, 5, 70)
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Case:
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    batch: Batch
+
+    def check(self, window: int | None = None, tolerance: float = 2e-5) -> None:
+        wanted = reference(self.q, self.keys, self.values, self.batch, 0.3, window)
+        for name, backend in FAST.items():
+            mine = backend(self.q, self.keys, self.values, self.batch, 0.3, window)
+            assert mine.dtype == self.q.dtype
+            torch.testing.assert_close(mine, wanted, atol=tolerance, rtol=tolerance, msg=name)
+
+
+def case(
+    rows: list[BatchRow],
+    size: int,
+    *,
+    num_pages: int,
+    kv_heads: int = 2,
+    group: int = 2,
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Random queries (a slice of a fused projection) and pages; pages nobody holds are NaN."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = sum(len(row.tokens) for row in rows)
+    widest = max(len(row.block_table) for row in rows)
+    batch = BatchBuilder(num_tokens, len(rows), widest, size).build(rows)
+    fused = torch.randn(num_tokens, kv_heads * (group + 2), width, generator=generator)
+    pages = torch.randn(2, num_pages, kv_heads, size, width, generator=generator)
+    held = {page for table in batch.tables for page in table}
+    pages[:, [page for page in range(num_pages) if page not in held]] = float("nan")
+    return Case(fused.to(dtype)[:, : kv_heads * group], *pages.to(dtype), batch)
+
+
+def random_case(seed: int) -> Case:
+    """Decodes and chunks of all lengths, some with shared prefix pages, in order or shuffled."""
+    pick = random.Random(seed)
+    size = pick.choice([4, 16, 64, 256])
+    free = list(range(1, 300))
+    if seed % 2:
+        pick.shuffle(free)
+    shared = [free.pop(0) for _ in range(3)]
+    histories = [pick.randint(0, 5 * size) for _ in range(pick.randint(0, 6))]
+    rows = [_row(pick, 1, history, size, free, shared) for history in histories]
+    for _ in range(pick.randint(0 if rows else 1, 3)):
+        length = pick.randint(2, 300 if size >= 64 else 30)
+        history = pick.choice([0, pick.randint(0, 3 * size)])
+        rows.append(_row(pick, length, history, size, free, shared))
+    return case(
+        rows, size, num_pages=300, kv_heads=pick.choice([1, 2, 3]), group=pick.choice([1, 2, 3])
+    )
+
+
+def _row(
+    pick: random.Random, length: int, history: int, size: int, free: list[int], shared: list[int]
+) -> BatchRow:
+    table = [free.pop(0) for _ in range(-(-(history + length) // size))]
+    if pick.random() < 0.5:
+        count = min(len(shared), history // size)
+        table[:count] = shared[:count]
+    return BatchRow([1] * length, history, table, 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_backends_equal_the_reference_on_any_batch(seed: int) -> None:
+    for window in WINDOWS:
+        random_case(seed).check(window)
+
+
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 63, 64, 200])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_one_row_alone(context: int, kv_heads: int) -> None:
+    table = list(range(1, 14))
+    rows = [BatchRow([1], context - 1, table, 1)]
+    case(rows, 16, num_pages=14, kv_heads=kv_heads, group=3).check()
+
+
+def test_pages_scattered_over_a_large_pool() -> None:
+    pages = random.Random(0).sample(range(1, 2000), 24)
+    rows = [BatchRow([1], 16 * 3 - 1 - i, pages[3 * i : 3 * i + 3], 1) for i in range(8)]
+    case(rows, 16, num_pages=2000, kv_heads=3).check()
+
+
+def test_pages_in_descending_order() -> None:
+    rows = [BatchRow([1], 60, [9, 8, 7, 6], 1), BatchRow([1] * 40, 20, [5, 4, 3, 2], 1)]
+    for window in WINDOWS:
+        case(rows, 16, num_pages=10).check(window)
+
+
+@pytest.mark.parametrize("holders", [2, 8, 31])
+def test_a_page_with_many_holders(holders: int) -> None:
+    rows = [BatchRow([1], 33 + i % 15, [1, 2, 3 + i], 1) for i in range(holders)]
+    for window in WINDOWS:
+        case(rows, 16, num_pages=40, kv_heads=3, group=3).check(window)
+
+
+def test_holders_that_see_different_parts_of_a_page() -> None:
+    rows = [BatchRow([1], 17 + 4 * i, [1, 2], 1) for i in range(3)]
+    for window in WINDOWS:
+        case(rows, 16, num_pages=4).check(window)
+
+
+def test_chunks_longer_than_a_tile() -> None:
+    rows = [BatchRow([1], 3, [9], 1), BatchRow([1] * 300, 77, [1, 2, 3, 4, 5, 6], 1)]
+    for window in (None, 3, 64, 130, 400):
+        case(rows, 64, num_pages=10).check(window)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bfloat16_stays_near_float32(seed: int) -> None:
+    exact = random_case(seed)
+    half = Case(*(x.bfloat16() for x in (exact.q, exact.keys, exact.values)), exact.batch)
+    half.check(tolerance=0.05)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    rows = [BatchRow([1], 40, [1, 2, 3], 1), BatchRow([1] * 20, 20, [4, 5, 6], 1)]
+    loud = case(rows, 16, num_pages=8)
+    loud.q *= 300
+    loud.check(tolerance=1e-3)
+
+
+# --------------------------------------------------------------------------- plans
+
+
+def plan_of(tables: list[list[int]], size: int = 256, num_pages: int = 400):
+    rows = [BatchRow([1], len(table) * size - 1, table, 1) for table in tables]
+    made = BatchBuilder(64, 64, 16, size).build(rows)
+    pool = torch.empty(num_pages, 3, size, 64, dtype=torch.bfloat16)
+    return make_decode_plan(made, pool, None)
+
+
+def test_pages_side_by_side_are_read_in_place() -> None:
+    plan = plan_of([[page] for page in range(9, 29)])
+    assert [group.pages for group in plan.groups] == [slice(9, 29)]
+
+
+def test_stretches_of_pages_are_read_in_place_where_that_pays() -> None:
+    plan = plan_of([[page] for page in (*range(9, 29), *range(60, 80))])
+    assert [group.pages for group in plan.groups] == [slice(9, 29), slice(60, 80)]
+
+
+def test_scattered_pages_are_gathered_by_one_copy() -> None:
+    (group,) = plan_of([[page] for page in range(5, 65, 2)]).groups
+    assert isinstance(group.pages, Tensor)
+
+
+def test_a_shared_page_is_read_once() -> None:
+    plan = plan_of([[1, 2, 3 + row] for row in range(8)])
+    assert sorted(group.num_holders for group in plan.groups) == [1, 8]
+    assert sum(len(group.holders) // group.num_holders for group in plan.groups) == 10
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def test_auto_is_the_fast_one_of_the_device() -> None:
+    assert choose_backend("auto", CPU) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "sdpa"])
+def test_a_backend_may_be_named(name: str) -> None:
+    assert choose_backend(name, CPU) == name
+
+
+def test_unknown_backends_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownBackend) as caught:
+        choose_backend("flash", CPU)
+    assert all(name in str(caught.value) for name in BACKENDS)
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen"])
+def test_backends_of_gpus_are_refused_without_one(name: str) -> None:
+    with pytest.raises(UnknownBackend, match="CUDA"):
+        choose_backend(name, CPU)
