@@ -70,7 +70,7 @@ class Llama(nn.Module):
     def _forward(self, batch: Batch, cache: KVCache, taps: Taps | None) -> Tensor:
         batch.prepared.clear()
         x = self.embedding(batch.token_ids)
-        angles = spread(*self.rope.angles(batch.positions), self.dtype)
+        angles = spread(*self.rope.angles(batch.positions))
         x = _tapped(taps, 0, x)
         for index, layer in enumerate(self.layers):
             x = layer(x, angles, batch, cache)

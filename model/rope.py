@@ -45,18 +45,21 @@ class Rope:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """[T, heads, D] by [T, 1, D] each: element i turns with element i + D / 2.
+    """[T, heads, D] by [T, 1, D] each, in float32: element i turns with element i + D / 2.
 
     ``sines`` are negative in the first half (see ``spread``), so that a roll by half a head stands
     for the two signed swaps.
     """
-    return torch.addcmul(x * cosines, x.roll(x.size(-1) // 2, -1), sines)
+    wide = x.float()
+    return torch.addcmul(wide * cosines, wide.roll(x.size(-1) // 2, -1), sines)
 
 
-def spread(cosines: Tensor, sines: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The angles of ``Rope.angles`` as ``rotate`` takes them: [T, 1, D] in ``dtype``."""
-    both = torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)
-    return both[0].to(dtype).unsqueeze(1), both[1].to(dtype).unsqueeze(1)
+def spread(cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of ``Rope.angles`` as ``rotate`` takes them: [T, 1, D] each."""
+    return (
+        torch.cat((cosines, cosines), -1).unsqueeze(1),
+        torch.cat((-sines, sines), -1).unsqueeze(1),
+    )
 
 
 def frequencies(config: RopeConfig, head_size: int) -> Tensor:

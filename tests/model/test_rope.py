@@ -90,12 +90,12 @@ def test_rotation_equals_transformers() -> None:
     both = (torch.cat((each, each), -1).unsqueeze(0) for each in (cosines, sines))
     by_head = q.transpose(0, 1).unsqueeze(0)
     wanted, _ = apply_rotary_pos_emb(by_head, by_head, *both)
-    mine = rotate(q, *spread(cosines, sines, torch.float32))
+    mine = rotate(q, *spread(cosines, sines))
     torch.testing.assert_close(mine, wanted[0].transpose(0, 1))
 
 
 def test_rotation_keeps_lengths() -> None:
     q = torch.randn(5, 2, 16)
     rope = Rope(RopeConfig(), 16, torch.device("cpu"))
-    turned = rotate(q, *spread(*rope.angles(torch.arange(5) * 999), torch.float32))
+    turned = rotate(q, *spread(*rope.angles(torch.arange(5) * 999)))
     torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
