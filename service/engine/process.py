@@ -18,8 +18,8 @@ from service.engine.options import SOCKET_FOLDER_PREFIX, EngineOptions
 
 SECRETS = ("PRONK_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 WORKER = "service.engine.worker"
-# OpenMP's threads spin while they wait, by default for milliseconds. Where cores are shared (with the
-# HTTP process, with other containers) they burn the time of those they wait for. Measured with 2
+# OpenMP's threads spin while they wait, by default for milliseconds. Where cores are shared (with
+# the HTTP process, with other containers) they burn the time of those they wait for. Measured, 2
 # threads on 2 cores, milliseconds a decode step at one row, alone / beside a busy process:
 #                        135M shape     bundled model
 #   default              12.4 / -       0.5 / 97

@@ -137,8 +137,16 @@ async def test_hanging_up_before_the_answer_cancels_too() -> None:
 
 async def test_a_burst_for_a_slow_reader_is_merged() -> None:
     async with serving() as client:
+        arrived: list[int] = []
+        client.observers.append(
+            lambda message: (
+                arrived.extend(token for output in message.outputs for token in output.tokens)
+                if isinstance(message, Outputs)
+                else None
+            )
+        )
         async with client.submit([script.BURST], settings(20_000)) as generation:
-            await asyncio.sleep(0.3)
+            await until(lambda: len(arrived) == 20_000, within=30)
             outputs = [output async for output in generation]
         assert [token for output in outputs for token in output.tokens] == list(range(20_000))
         assert len(outputs) < 200
