@@ -9,6 +9,8 @@ CUDA's (model/attention_cuda.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,14 +116,15 @@ def gathered(
     return out
 
 
-def _rows(batch: Batch) -> zip[tuple[int, int, list[int]]]:
-    return zip(batch.query_lengths, batch.contexts, batch.tables, strict=True)
+def _rows(batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
+    """Each row's number of queries, its context and its pages."""
+    for row, (length, context) in enumerate(zip(batch.query_lengths, batch.contexts, strict=True)):
+        yield length, context, batch.block_tables[row, : -(-context // batch.block_size)]
 
 
-def row_keys(pages: Tensor, table: list[int], context: int) -> Tensor:
+def row_keys(pages: Tensor, table: Tensor, context: int) -> Tensor:
     """[N, K, P, D] -> [K, context, D]: one row's keys or values, in order."""
-    index = torch.tensor(table, device=pages.device)
-    return pages.index_select(0, index).transpose(0, 1).flatten(1, 2)[:, :context]
+    return pages.index_select(0, table).transpose(0, 1).flatten(1, 2)[:, :context]
 
 
 def visible(length: int, context: int, window: int | None, device: torch.device) -> Tensor:

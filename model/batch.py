@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]  # of integers
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class BatchBuilder:
         num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(rows))
         assert all(n > 1 for n in lengths[num_decodes:]), "rows of one token come first"
         assert 0 < sum(lengths) <= self.max_tokens, f"{sum(lengths)} tokens"
+        assert all(row.num_logits <= n for row, n in zip(rows, lengths, strict=True))
         assert 0 < len(rows) <= self.max_rows, f"{len(rows)} rows"
         contexts = [row.start + n for row, n in zip(rows, lengths, strict=True)]
         tables = [
@@ -179,36 +184,30 @@ class _Buffers:
         tables: list[list[int]],
     ) -> int:
         """Fills the buffers and returns how many logits are wanted."""
-        start, wanted, starts = 0, 0, [0]
-        for row, length, context in zip(rows, lengths, contexts, strict=True):
-            end = start + length
-            self._write_row(row, start, end, context)
-            self._write_logits(wanted, end, row.num_logits)
-            wanted, start = wanted + row.num_logits, end
-            starts.append(end)
-        self.starts[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
-        self.contexts[: len(contexts)] = torch.tensor(contexts, dtype=torch.int32)
+        ends = np.cumsum(lengths)
+        _put(self.tokens, [token for row in rows for token in row.tokens])
+        _put(self.starts, [0, *ends])
+        _put(self.contexts, contexts)
         widest = max(map(len, tables))
-        padded = [table + [0] * (widest - len(table)) for table in tables]
-        flat = torch.tensor(padded, dtype=torch.int32).flatten()
-        self.tables[: flat.numel()] = flat
-        return wanted
+        padded = np.array([table + [0] * (widest - len(table)) for table in tables], np.int32)
+        _put(self.tables, padded.ravel())
+        self._write_slots(padded, np.array(lengths), np.array(contexts), ends)
+        return self._write_logits([row.num_logits for row in rows], ends)
 
-    def _write_row(self, row: BatchRow, start: int, end: int, context: int) -> None:
-        if end == start + 1:
-            self.tokens[start], self.positions[start] = row.tokens[0], row.start
-            self.blocks[start] = row.block_table[row.start // self.block_size]
-            self.offsets[start] = row.start % self.block_size
-            return
-        positions = torch.arange(row.start, context)
-        self.tokens[start:end] = torch.tensor(row.tokens)
-        self.positions[start:end] = positions
-        self.blocks[start:end] = torch.tensor(row.block_table)[positions // self.block_size]
-        self.offsets[start:end] = positions % self.block_size
+    def _write_slots(self, tables: Array, lengths: Array, contexts: Array, ends: Array) -> None:
+        row_of_token = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(len(row_of_token)) + (contexts - ends)[row_of_token]
+        places, offsets = np.divmod(positions, self.block_size)
+        _put(self.positions, positions)
+        _put(self.blocks, tables[row_of_token, places])
+        _put(self.offsets, offsets)
 
-    def _write_logits(self, wanted: int, end: int, count: int) -> None:
-        if count:
-            self.logits[wanted : wanted + count] = torch.arange(end - count, end)
+    def _write_logits(self, counts: list[int], ends: Array) -> int:
+        """The last so many tokens of every row."""
+        wanted = np.cumsum(counts)
+        total = int(wanted[-1])
+        _put(self.logits, np.arange(total) + np.repeat(ends - wanted, counts))
+        return total
 
     def copy_from(self, staging: _Buffers) -> None:
         self.storage.copy_(staging.storage, non_blocking=True)
@@ -228,3 +227,8 @@ class _Buffers:
             logit_rows=self.logits[:logits],
             **lists,
         )
+
+
+def _put(place: Tensor, numbers: Array | list[int]) -> None:
+    """At the front of a buffer on the host."""
+    place.numpy()[: len(numbers)] = numbers
