@@ -1,0 +1,156 @@
+"""What the documents say, held against the code: tables, trees, links, flags, commands, answers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from docs import first_call
+from docs.generate import FOLDER, PAGES
+from service.cli import app
+from service.settings import ENVIRONMENT_PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+TREES = ("README.md", "model/README.md", "service/README.md")
+
+
+def tracked(folder: Path = ROOT) -> list[Path]:
+    """The repository's files below a folder, relative to it; none outside of a git checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return [Path(line) for line in listed.stdout.splitlines() if (folder / line).exists()]
+
+
+TRACKED = tracked()
+DOCUMENTS = [path for path in TRACKED if path.suffix == ".md"] or [Path(tree) for tree in TREES]
+in_a_checkout = pytest.mark.skipif(
+    not TRACKED, reason="which files belong to the repository, only a git checkout tells"
+)
+FOREIGN_FLAGS = {"--build", "--build-arg"}  # docker's
+ARGUMENT = re.compile(r"""add_argument\(\s*["'](--[\w-]+)""")
+SETTING_FLAGS = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each fenced block."""
+    return [(found[1], found[2]) for found in FENCE.finditer(text)]
+
+
+def tree_of(document: str) -> list[str]:
+    """The paths a document's tree names, below its folder."""
+    text = (ROOT / document).read_text()
+    tree = next(content for language, content in blocks(text) if language == "text")
+    paths, folders = [], [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 4
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        folders = folders[: depth + 1]
+        paths += [folders[-1] + name for name in names]
+        folders.append(folders[-1] + names[-1])
+    return paths
+
+
+def source_files(folder: Path) -> set[str]:
+    """What must stand in a folder's tree: its sources and its folders, once each."""
+    paths = tracked(folder)
+    own = {path.name for path in paths if len(path.parts) == 1 and path.suffix in {".py", ".c"}}
+    return (own - {"__init__.py"}) | {f"{path.parts[0]}/" for path in paths if len(path.parts) > 1}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_what_the_code_says(name: str) -> None:
+    assert (FOLDER / name).read_text() == PAGES[name](), "run: python -m docs.generate"
+
+
+def test_readme_begins_with_exactly_two_commands() -> None:
+    language, content = blocks(README)[0]
+    commands = content.splitlines()
+    assert language == "sh"
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/pronk serve")
+    assert commands[1].endswith(".venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("document", TREES)
+def test_everything_a_tree_names_exists(document: str) -> None:
+    folder = (ROOT / document).parent
+    missing = [path for path in tree_of(document) if not (folder / path).exists()]
+    assert missing == []
+
+
+@in_a_checkout
+def test_the_readme_tree_names_every_top_level_file_and_folder() -> None:
+    named = {Path(path).parts[0] for path in tree_of("README.md")}
+    top = {path.parts[0] for path in TRACKED}
+    assert top - named == {".gitignore", ".dockerignore"}
+
+
+@in_a_checkout
+@pytest.mark.parametrize("document", ["model/README.md", "service/README.md"])
+def test_a_folder_s_tree_names_every_source_file(document: str) -> None:
+    named = set(tree_of(document))
+    folder = (ROOT / document).parent
+    inner = [path for path in named if path.endswith("/") and path.count("/") == 1]
+    wanted = source_files(folder)
+    for name in inner:
+        below = {path for path in named if path.startswith(name) and path != name}
+        if below:  # a tree that opens a folder names all of it
+            wanted |= {name + file for file in source_files(folder / name)}
+    assert wanted - named == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_relative_links_resolve(path: Path) -> None:
+    text = FENCE.sub("", (ROOT / path).read_text())
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    local = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
+    broken = [
+        target for target in local if not ((ROOT / path).parent / target.partition("#")[0]).exists()
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_flags_and_variables_exist(path: Path) -> None:
+    text = (ROOT / path).read_text()
+    known = SETTING_FLAGS | FOREIGN_FLAGS | command_flags() | script_flags() | {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", text))
+    assert {flag for flag in flags if flag.replace("--no-", "--") not in known} == set()
+    variables = set(re.findall(rf"\b{ENVIRONMENT_PREFIX}[A-Z_]+[A-Z]", text))
+    settings = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    assert variables - settings - {"PRONK_NAME"} == set()
+
+
+def command_flags() -> set[str]:
+    """Of ``pronk chat`` and the other commands typer knows."""
+    commands = getattr(get_command(app), "commands", {})
+    return {
+        option for command in commands.values() for item in command.params for option in item.opts
+    }
+
+
+@cache
+def script_flags() -> set[str]:
+    """Of the scripts that stand beside pronk: training, benchmarks."""
+    scripts = [path for part in ("model", "tests") for path in (ROOT / part).rglob("*.py")]
+    return {flag for path in scripts for flag in ARGUMENT.findall(path.read_text())}
+
+
+def keys(value: object) -> object:
+    """The shape of an answer: keys all the way down, no values."""
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in value.items()}
+    return [keys(inner) for inner in value] if isinstance(value, list) else None
+
+
+def test_the_readme_s_first_call_answers_in_the_shape_it_shows() -> None:
+    """The text depends on the bundled weights and the processor, so only its shape is held."""
+    assert keys(first_call.call(README)) == keys(first_call.shown(README))
