@@ -174,7 +174,7 @@ def _sliding_layers(keys: Keys, num_layers: int) -> list[bool]:
     if not isinstance(types, list) or len(types) != num_layers:
         raise InvalidConfig(f"layer_types does not name {num_layers} layers")
     for kind in types:
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise InvalidConfig(f"layer_types names {kind!r}, which is not supported")
     return [known[kind] for kind in types]
 

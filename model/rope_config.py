@@ -13,6 +13,7 @@ from typing import Any
 
 ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
 _LARGEST = (1 << 31) - 1
+_LARGEST_FACTOR = 10_000.0
 
 
 class InvalidConfig(ValueError):
@@ -67,7 +68,7 @@ class Keys:
         default: float | None = None,
         *,
         above: float = 0.0,
-        below: float = math.inf,
+        below: float = 1e30,
     ) -> float:
         value = self._present(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -113,7 +114,7 @@ def read_rope(keys: Keys, head_size: int) -> tuple[RopeConfig, int]:
     if kind == "dynamic":
         if head_size < 4:
             raise InvalidConfig("dynamic rotary scaling needs heads at least 4 wide")
-        factor = scaling.number("factor")
+        factor = scaling.number("factor", below=_LARGEST_FACTOR)
         reach = max(positions, int(positions * factor))
         return RopeConfig(kind, theta, factor, original_positions=positions), reach
     if kind == "llama3":
@@ -165,7 +166,7 @@ def _yarn(keys: Keys, scaling: Keys, theta: float, positions: int) -> tuple[Rope
     if scaling.has("factor") and scaling.value("factor") is None:
         factor = positions / original
     else:
-        factor = scaling.number("factor")
+        factor = scaling.number("factor", below=_LARGEST_FACTOR)
     rope = RopeConfig(
         "yarn",
         theta,

@@ -159,13 +159,15 @@ def test_pages_side_by_side_are_read_in_place() -> None:
 
 
 def test_stretches_of_pages_are_read_in_place_where_that_pays() -> None:
-    plan = plan_of([[page] for page in (*range(9, 29), *range(60, 80))])
-    assert [group.pages for group in plan.groups] == [slice(9, 29), slice(60, 80)]
+    plan = plan_of([[page] for page in (*range(9, 39), 50, 55, *range(60, 90))])
+    in_place, again, gathered_pages = (group.pages for group in plan.groups)
+    assert (in_place, again) == (slice(9, 39), slice(60, 90))
+    assert gathered_pages.tolist() == [50, 55]
 
 
-def test_scattered_pages_are_gathered_by_one_copy() -> None:
-    (group,) = plan_of([[page] for page in range(5, 65, 2)]).groups
-    assert isinstance(group.pages, Tensor)
+def test_scattered_pages_are_gathered_in_blocks() -> None:
+    groups = plan_of([[page, page + 2] for page in range(5, 245, 4)]).groups
+    assert [len(group.pages) for group in groups] == [42, 42, 36]  # of 8 MB at most
 
 
 def test_a_shared_page_is_read_once() -> None:

@@ -218,6 +218,8 @@ def test_experts_under_a_known_name_are_refused() -> None:
         ({"rope_scaling": {"type": "linear"}}, "no factor"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor is -1"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "no low_freq_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e9}}, "factor is 1000000000.0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {}}}, "differ from layer to layer"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
@@ -225,6 +227,8 @@ def test_experts_under_a_known_name_are_refused() -> None:
          | {"layer_types": ["full_attention"]}, "does not name 3 layers"),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
          | {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+         | {"layer_types": [["full_attention"]] * 3}, "layer_types names"),
     ],
 )  # fmt: skip
 def test_odd_values_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
