@@ -75,9 +75,10 @@ ANSWERS = """
 Completions and chat have OpenAI's shape; `stop_reason` (the stop string, the stop id or
 `deadline`) stands beside `finish_reason` (`stop` or `length`), and
 `usage.prompt_tokens_details.cached_tokens` counts what the prefix cache spared. A stream is
-`data: {chunk}` events, ends in one chunk with a `finish_reason` for each choice (or one event
-`data: {"error": {...}}` if the server fails after it began), then `data: [DONE]`. While nothing
-comes it carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed, or made.
+`data: {chunk}` events: each choice ends in exactly one with a `finish_reason`, `include_usage` adds
+one with the usage and no choices, and `data: [DONE]` is the last. If the server fails after a stream
+began, `data: {"error": {...}}` stands before `[DONE]` in their place. While nothing comes, a stream
+carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed, or made.
 
 ## Errors
 
