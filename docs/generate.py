@@ -77,8 +77,9 @@ Completions and chat have OpenAI's shape; `stop_reason` (the stop string, the st
 `usage.prompt_tokens_details.cached_tokens` counts what the prefix cache spared. A stream is
 `data: {chunk}` events: each choice ends in exactly one with a `finish_reason`, `include_usage` adds
 one with the usage and no choices, and `data: [DONE]` is the last. If the server fails after a
-stream began, `data: {"error": {...}}` stands before `[DONE]` in their place. While nothing comes, a stream
-carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed, or made.
+stream began, `data: {"error": {...}}` stands before `[DONE]` in their place. While
+nothing comes, a stream carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed,
+or made.
 
 ## Errors
 
