@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.attention import BACKENDS, UnknownBackend, choose_backend, gathered, reference
-from model.attention_cpu import cpu_attention, make_decode_plan
+from model.attention_cpu import cpu_attention
+from model.attention_decode import make_decode_plan
 from model.batch import Batch, BatchBuilder, BatchRow
 
 FAST = {"cpu": cpu_attention, "sdpa": gathered}
