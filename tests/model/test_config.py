@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.config import ARCHITECTURES, InvalidConfig, ModelConfig, UnsupportedModel
 from model.rope_config import RopeConfig
@@ -241,6 +243,35 @@ def test_odd_values_are_refused_by_key(changes: dict[str, Any], message: str) ->
 def test_a_config_that_is_no_table_is_refused(config: Any) -> None:
     with pytest.raises(InvalidConfig, match="not a table"):
         ModelConfig.from_huggingface(config)
+
+
+_KEYS = [
+    *LLAMA,
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
+    *("max_window_layers", "eos_token_id", "torch_dtype", "tie_word_embeddings", "mlp_bias"),
+]
+_SCALING_KEYS = [
+    *("type", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "rope_theta"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    "original_max_position_embeddings",
+]
+_NAMES = st.sampled_from([*ARCHITECTURES, "linear", "dynamic", "yarn", "llama3", "silu"])
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | _NAMES
+_VALUES = (
+    _SCALARS
+    | st.lists(_SCALARS, max_size=3)
+    | st.dictionaries(st.sampled_from(_SCALING_KEYS), _SCALARS, max_size=8)
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=5))
+def test_any_value_is_read_or_refused(changes: dict[str, Any]) -> None:
+    try:
+        read(**changes)
+    except ValueError as error:
+        assert str(error)  # noqa: PT017 whether it is refused depends on the value
 
 
 def test_real_configs_are_read(shared_dir: Path) -> None:
