@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import attention_cpu
 from model.attention import BACKENDS, UnknownBackend, choose_backend, gathered, reference
 from model.attention_cpu import cpu_attention
 from model.attention_decode import make_decode_plan
@@ -128,6 +129,14 @@ def test_chunks_longer_than_a_tile() -> None:
     rows = [BatchRow([1], 3, [9], 1), BatchRow([1] * 300, 77, [1, 2, 3, 4, 5, 6], 1)]
     for window in (None, 3, 64, 130, 400):
         case(rows, 64, num_pages=10).check(window)
+
+
+@pytest.mark.parametrize("scores", [1, 30_000])
+def test_tiles_of_fewer_heads_change_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "_SCORES", scores)
+    rows = [BatchRow([1] * 150, 30, [1, 2, 3], 1), BatchRow([1] * 20, 0, [4], 1)]
+    for window in WINDOWS:
+        case(rows, 64, num_pages=6, kv_heads=5).check(window)
 
 
 @pytest.mark.parametrize("seed", range(6))
