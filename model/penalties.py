@@ -16,6 +16,8 @@ from torch import Tensor
 
 from model.transfers import to_device
 
+MOST_REPETITION = 1e6  # any finite penalty is valid; a stronger one would leave float32
+
 
 class Adjustable(Protocol):
     """What of a sampling row this file reads. See ``model.sampler.SamplingRow``."""
@@ -124,7 +126,8 @@ def _penalise(logits: Tensor, rows: Sequence[Adjustable]) -> None:
 
 
 def _strengths(row: Adjustable) -> tuple[float, float, float]:
-    return row.repetition_penalty, row.frequency_penalty, row.presence_penalty
+    repetition = min(max(row.repetition_penalty, 1 / MOST_REPETITION), MOST_REPETITION)
+    return repetition, row.frequency_penalty, row.presence_penalty
 
 
 def _state_of(row: Adjustable) -> PenaltyState:

@@ -322,6 +322,13 @@ def test_repetition_penalty_equals_that_of_transformers() -> None:
     torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("penalty", [1e-308, 1e-30, 1e30, 1e308])
+def test_the_strongest_repetition_penalties_leave_finite_logits(penalty: float) -> None:
+    logits = torch.tensor([[-5.0, 0.0, 30.0, 1.0]])
+    adjust(logits, [SamplingRow(0, repetition_penalty=penalty, prompt=[0, 1, 2, 3])])
+    assert logits.isfinite().all()
+
+
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(0, 20), st.booleans())
 def test_penalties_kept_from_step_to_step_equal_those_counted_afresh(
     sequence: list[int], num_prompt: int, count_prompt: bool
