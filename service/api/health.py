@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 from fastapi import APIRouter
 from msgspec import Struct
@@ -15,6 +17,17 @@ from service.registry import ServedModel
 
 router = APIRouter()
 RETRY_AFTER = {"Retry-After": "1"}
+
+Endpoint = Callable[..., Awaitable[Response]]
+
+
+def get_or_head(path: str) -> Callable[[Endpoint], Endpoint]:
+    """A GET route that answers HEAD too, as balancers send it; documented once."""
+
+    def register(endpoint: Endpoint) -> Endpoint:
+        return router.head(path, include_in_schema=False)(router.get(path)(endpoint))
+
+    return register
 
 
 class Readiness(Struct):
@@ -42,27 +55,27 @@ def _unready(model: ServedModel) -> Readiness:
     return Readiness("not_ready", stage, state.progress, state.reason)
 
 
-@router.get("/livez")
+@get_or_head("/livez")
 async def livez() -> Response:
     """200 as long as this process answers at all."""
     return _json(200, {"status": "alive"})
 
 
-@router.get("/readyz")
-@router.get("/health")
+@get_or_head("/readyz")
+@get_or_head("/health")
 async def readyz(request: Request) -> Response:
     """200 when every model can answer, else 503 with the stage, its progress and the reason."""
     found = readiness(server_of(request))
     return _json(200 if found.status == "ready" else 503, found)
 
 
-@router.get("/v2/health/live")
+@get_or_head("/v2/health/live")
 async def live() -> Response:
     """Open inference protocol."""
     return _json(200, {"live": True})
 
 
-@router.get("/v2/health/ready")
+@get_or_head("/v2/health/ready")
 async def ready(request: Request) -> Response:
     """Open inference protocol."""
     is_ready = readiness(server_of(request)).status == "ready"

@@ -22,6 +22,15 @@ async def test_a_ready_server_is_healthy_everywhere(client: httpx.AsyncClient, p
     assert (await client.get(path)).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/livez", "/v2/health/live", *READY])
+async def test_balancers_may_ask_with_head(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    assert (await client.head(path)).status_code == 200
+    engine.state = State(stage="loading", progress=0.25, reason="because")
+    assert (await client.head(path)).status_code == (503 if path in READY else 200)
+
+
 @pytest.mark.parametrize("stage", ["loading", "warming_up", "restarting", "stalled", "draining"])
 async def test_an_unready_server_lives_and_says_why_it_is_not_ready(
     client: httpx.AsyncClient, engine: FakeEngine, stage: str
