@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +25,11 @@ from service.errors import (
 
 LONGEST_PARAM = 200  # characters of a path that are echoed
 MISSING = object()
+MESSAGES = {  # where pydantic's own speak of Python
+    "missing": "is required",
+    "dict_type": "Input should be a JSON object",
+    "model_type": "Input should be a JSON object",
+}
 
 
 class ErrorBody(Struct):
@@ -97,12 +103,15 @@ def invalid(error: ValidationError, body: Any) -> InvalidRequest:
     """The deepest of pydantic's complaints: in a union the others speak of types not meant."""
     problems = error.errors(include_url=False, include_input=False)
     paths = [_address(problem["loc"], body) for problem in problems]
-    deepest = max(range(len(problems)), key=lambda i: (len(paths[i]), -i))
+    deepest = max(range(len(problems)), key=lambda i: (len(paths[i]), _is_meant(problems[i]), -i))
     path = path_text(paths[deepest])
-    message = problems[deepest]["msg"]
-    if problems[deepest]["type"] == "missing":
-        message = "is required"
+    message = MESSAGES.get(problems[deepest]["type"], problems[deepest]["msg"])
     return InvalidRequest(f"{path}: {message}" if path else message, param=path or None)
+
+
+def _is_meant(problem: ErrorDetails) -> bool:
+    """Whether the value had the type that was expected, so that this complaint fits it."""
+    return not problem["type"].endswith("_type")
 
 
 def _address(location: tuple[int | str, ...], body: Any) -> list[int | str]:

@@ -108,10 +108,10 @@ class Sampling:
             frequency_penalty=numbers["frequency_penalty"],
             repetition_penalty=numbers["repetition_penalty"],
             min_tokens=self._min_tokens,
-            stop_token_ids=tuple(fields.stop_token_ids or ()),
+            stop_token_ids=_distinct(fields.stop_token_ids or ()),
             eos_token_ids=() if fields.ignore_eos else self._model.eos_token_ids,
             logit_bias=read_bias(fields.logit_bias or {}, vocabulary),
-            allowed_token_ids=tuple(fields.allowed_token_ids) if fields.allowed_token_ids else None,
+            allowed_token_ids=_distinct(fields.allowed_token_ids or ()) or None,
             bad_words=bad_word_ids(fields.bad_words or (), tokenizer),
             logprobs=logprobs,
         )
@@ -158,6 +158,11 @@ class Sampling:
         )
 
 
+def _distinct(ids: Sequence[int]) -> tuple[int, ...]:
+    """Each id once, however often a client wrote it: never more than the vocabulary."""
+    return tuple(dict.fromkeys(ids))
+
+
 def _read_top_k(top_k: int, vocabulary: int) -> int:
     """0 is off: what clients say as 0, as -1, or as more tokens than there are."""
     return top_k if 0 < top_k < vocabulary else 0
@@ -173,7 +178,9 @@ def read_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:
     read = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
-            raise _bound(f"logit_bias.{key}", f"is no token id: the vocabulary has {vocabulary}")
+            raise _bound(
+                f"logit_bias.{key[:20]}", f"is no token id: the vocabulary has {vocabulary}"
+            )
         read[int(key)] = float(value)
     return read
 

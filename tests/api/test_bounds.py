@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import refuse
+from tests.api.fakes import FakeEngine
 
 URL = "/v1/completions"
 
@@ -53,10 +54,12 @@ async def test_a_missing_prompt_is_refused(client: httpx.AsyncClient) -> None:
         ("allowed_token_ids", [1, 999]),
         ("bad_words", [""]),
         ("bad_words", ["x"] * 129),
+        ("bad_words", ["x" * 257]),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("max_tokens", 0),
         ("max_tokens", -1),
+        ("max_tokens", 10**4000),
         ("seed", 1 << 63),
         ("seed", 10**300),
         ("temperature", 10**300),
@@ -80,6 +83,7 @@ async def test_out_of_bounds_is_a_400_that_names_the_field(
     error = await refuse(client, **{field: value})
     assert error["type"] == "invalid_request_error"
     assert error["param"].startswith(field)
+    assert len(error["message"]) < 300
 
 
 @pytest.mark.parametrize(
@@ -89,12 +93,15 @@ async def test_out_of_bounds_is_a_400_that_names_the_field(
         ({"a": 1}, "logit_bias.a"),
         ({"65": 101}, "logit_bias.65"),
         ({"-1": 0}, "logit_bias.-1"),
+        ({"9" * 100_000: 1}, "logit_bias." + "9" * 20),
     ],
 )
 async def test_bias_keys_are_ids_and_its_values_bounded(
     client: httpx.AsyncClient, bias: dict[str, int], param: str
 ) -> None:
-    assert (await refuse(client, logit_bias=bias))["param"] == param
+    error = await refuse(client, logit_bias=bias)
+    assert error["param"] == param
+    assert len(error["message"]) < 300
 
 
 @pytest.mark.parametrize(
@@ -118,3 +125,14 @@ async def test_what_is_not_served_yet_is_refused_and_never_ignored(
     error = await refuse(client, **{field: value})
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == field
+
+
+async def test_an_id_written_often_reaches_the_engine_once(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    fields = {"stop_token_ids": [70, 71] * 1000, "allowed_token_ids": [65, 66] * 1000}
+    response = await client.post(URL, json={"prompt": "Hi", **fields})
+    assert response.status_code == 200, response.text
+    (settings,) = engine.submitted[-1]["settings"]
+    assert settings.stop_token_ids == (70, 71)
+    assert settings.allowed_token_ids == (65, 66)

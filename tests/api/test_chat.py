@@ -196,3 +196,15 @@ async def test_token_ids_and_prompt_logprobs_are_told_on_demand(client: httpx.As
     assert answer["choices"][0]["token_ids"] == [72, 101]
     assert len(answer["prompt_logprobs"]) == len(answer["prompt_token_ids"])
     assert answer["prompt_logprobs"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [([], "at least 1 item"), (["a"], "JSON object"), ([{"text": "a"}], "required")],
+)
+async def test_odd_contents_are_told_in_words_that_fit_them(
+    client: httpx.AsyncClient, content: list[object], words: str
+) -> None:
+    response = await client.post(URL, json={"messages": [{"role": "user", "content": content}]})
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]

@@ -8,7 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field
 
 from service.api.schemas.answers import PromptLogprobs, Usage
-from service.api.schemas.sampling import Fields, Logprobs, SamplingFields
+from service.api.schemas.sampling import INT64, Fields, Logprobs, SamplingFields
 
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
@@ -76,7 +76,7 @@ class TemplateFields(Fields):
 
 class ChatRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None

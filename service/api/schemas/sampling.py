@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 INT64 = 1 << 63
 MAX_STOP_LENGTH = 4096  # characters
+MAX_BAD_WORD_LENGTH = 256  # characters; each word is tokenized twice
 
 
 class Fields(BaseModel):
@@ -39,6 +40,7 @@ def _one_or_many(value: Any) -> Any:
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 STOP_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -56,7 +58,7 @@ class SamplingFields(Fields):
     """Also the fields known but not served yet: they are refused by name, never ignored."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -72,10 +74,8 @@ class SamplingFields(Fields):
     stop_token_ids: TokenIds | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     logit_bias: dict[str, Bias] | None = None
-    bad_words: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128)] | None
-    ) = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=128)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stream: bool | None = None
