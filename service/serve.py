@@ -26,6 +26,7 @@ from service.engine.messages import State
 from service.engine.options import EngineOptions
 from service.errors import EngineFailure
 from service.logs import configure_logging
+from service.protocol import HttpProtocol
 from service.registry import ModelRegistry, ServedModel, fingerprint
 from service.settings import Settings
 
@@ -140,7 +141,7 @@ class Server:
     def _uvicorn_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self.app,
-            http="h11",  # httptools accepts headers without bound
+            http=HttpProtocol,  # on h11: httptools accepts headers without bound
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="off",

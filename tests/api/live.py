@@ -10,6 +10,12 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from service.protocol import HttpProtocol
+
+
+class Protocol(HttpProtocol):
+    head_timeout = 0.5
+
 
 class _Quiet(uvicorn.Server):
     @contextlib.contextmanager
@@ -24,7 +30,7 @@ def listening(app: FastAPI) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_config=None, server_header=False
+            app, http=Protocol, ws="none", lifespan="off", log_config=None, server_header=False
         )
         server = _Quiet(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -74,6 +74,39 @@ def test_a_body_that_stops_coming_is_given_up(url: str) -> None:
     assert answer.startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_never_ends_is_given_up(url: str, sent: bytes) -> None:
+    begin = time.monotonic()
+    assert exchange(url, sent) == b""
+    assert time.monotonic() - begin < 1.9
+
+
+def test_a_second_head_that_never_ends_is_given_up_and_a_slow_answer_is_not(
+    url: str, engine: FakeEngine
+) -> None:
+    engine.pause, engine.script = 0.1, lambda prompt, one: [65] * 8
+    body = b'{"prompt": "Hi", "max_tokens": 8}'
+    whole = post(KEY + b"Content-Length: %d\r\n" % len(body), body)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
+        begin = time.monotonic()
+        connection.sendall(whole.replace(b"Connection: close\r\n", b""))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - begin > 0.7
+        connection.sendall(b"GET /livez")
+        assert connection.recv(65536) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"GARBAGE\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /livez HTTP/1.1\r\n\r\n"],
+)
+def test_what_is_no_http_gets_the_envelope_too(url: str, sent: bytes) -> None:
+    head, _, body = exchange(url, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
 def test_answers_name_no_server_software(url: str) -> None:
     headers = httpx.get(f"{url}/livez").headers
     assert "server" not in headers
