@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from service.api.exchange import Exchange
 from service.collectors import LABELS, OWN, VLLM, EngineStates, OwnStates, Twice
@@ -48,6 +55,7 @@ class Metrics:
     """All metrics of one server, in a registry of their own."""
 
     def __init__(self, models: ModelRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double every series
         self.registry = CollectorRegistry()
         inner = CollectorRegistry()
         self._models = models

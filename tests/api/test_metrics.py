@@ -168,5 +168,10 @@ async def test_the_books_balance_after_every_kind_of_end(
     assert value(samples, "vllm:request_success_total", finished_reason="error") == 2
 
 
+async def test_a_quantity_has_one_series_and_no_birthday(client: httpx.AsyncClient) -> None:
+    await client.post(URL, json={"prompt": "Hi"})
+    assert not [name for name in await scrape(client) if name.endswith("_created")]
+
+
 def test_token_buckets_go_up_to_the_context() -> None:
     assert token_buckets(200) == [1, 2, 5, 10, 20, 50, 100, 200]
