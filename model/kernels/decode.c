@@ -184,6 +184,24 @@ static const bf16 *normalized(const bf16 *x, const bf16 *norm, int M, int K, flo
     return mine;
 }
 
+INLINE __mmask16 first_lanes(int count) {
+    return (__mmask16)(count >= LANES ? 0xffff : (1u << count) - 1);
+}
+
+INLINE __m512 widen_some(const bf16 *p, __mmask16 lanes) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+}
+
+INLINE void narrow_some(bf16 *p, __mmask16 lanes, __m512 v) {
+    _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+// sums[i .. i + LANES) of a block, with the bias of their outputs
+INLINE __m512 biased(const float *sums, const bf16 *bias, int i, __mmask16 lanes) {
+    const __m512 sum = _mm512_maskz_loadu_ps(lanes, sums + i);
+    return bias ? _mm512_add_ps(sum, widen_some(bias + i, lanes)) : sum;
+}
+
 #define FOR_BLOCKS(n, N) _Pragma("omp for schedule(dynamic) nowait") for (int n = 0; n < (N); n += ROW_BLOCK)
 INLINE int at_most(int value, int bound) { return value < bound ? value : bound; }
 
@@ -198,10 +216,11 @@ void rms_linear(const bf16 *x, const bf16 *norm, const bf16 *w, const bf16 *bias
             const int count = at_most(N - n, ROW_BLOCK);
             dot_block(w + (long)n * K, inputs, K, M, count, out);
             for (int m = 0; m < M; m++)
-                for (int i = 0; i < count; i++) {
-                    const float sum = out[m * ROW_BLOCK + i] + (bias ? to_float(bias[n + i]) : 0.f);
-                    if (logits) logits[(long)m * N + n + i] = sum;
-                    else y[(long)m * N + n + i] = to_bf16(sum);
+                for (int i = 0; i < count; i += LANES) {
+                    const __mmask16 lanes = first_lanes(count - i);
+                    const __m512 sum = biased(out + m * ROW_BLOCK, bias ? bias + n : bias, i, lanes);
+                    if (logits) _mm512_mask_storeu_ps(logits + (long)m * N + n + i, lanes, sum);
+                    else narrow_some(y + (long)m * N + n + i, lanes, sum);
                 }
         }
     }
@@ -216,10 +235,11 @@ void linear_add(const bf16 *a, const bf16 *w, const bf16 *bias, bf16 *x, int M, 
             const int count = at_most(N - n, ROW_BLOCK);
             dot_block(w + (long)n * K, a, K, M, count, out);
             for (int m = 0; m < M; m++)
-                for (int i = 0; i < count; i++) {
+                for (int i = 0; i < count; i += LANES) {
+                    const __mmask16 lanes = first_lanes(count - i);
+                    const __m512 sum = biased(out + m * ROW_BLOCK, bias ? bias + n : bias, i, lanes);
                     bf16 *at = x + (long)m * N + n + i;
-                    const float sum = out[m * ROW_BLOCK + i] + (bias ? to_float(bias[n + i]) : 0.f);
-                    *at = to_bf16(to_float(*at) + sum);
+                    narrow_some(at, lanes, _mm512_add_ps(widen_some(at, lanes), sum));
                 }
         }
     }
@@ -238,23 +258,17 @@ void rms_gate_up(const bf16 *x, const bf16 *norm, const bf16 *w, const bf16 *bia
             dot_block(w + (long)(I + n) * K, inputs, K, M, count, up);
             for (int m = 0; m < M; m++)
                 for (int i = 0; i < count; i += LANES) {
-                    const __mmask16 lanes = (__mmask16)((1u << at_most(count - i, LANES)) - 1);
-                    __m512 g = _mm512_maskz_loadu_ps(lanes, gate + m * ROW_BLOCK + i);
-                    __m512 u = _mm512_maskz_loadu_ps(lanes, up + m * ROW_BLOCK + i);
-                    if (bias) {
-                        float b[2][LANES] = {{0}};
-                        for (int j = 0; j < at_most(count - i, LANES); j++)
-                            b[0][j] = to_float(bias[n + i + j]), b[1][j] = to_float(bias[I + n + i + j]);
-                        g = _mm512_add_ps(g, _mm512_loadu_ps(b[0]));
-                        u = _mm512_add_ps(u, _mm512_loadu_ps(b[1]));
-                    }
+                    const __mmask16 lanes = first_lanes(count - i);
+                    const bf16 *up_bias = bias ? bias + I + n : bias;
+                    const __m512 g = biased(gate + m * ROW_BLOCK, bias ? bias + n : bias, i, lanes);
+                    const __m512 u = biased(up + m * ROW_BLOCK, up_bias, i, lanes);
                     // silu(g) = g / (1 + e^-g), by e^-|g| so that the exponent never overflows
                     const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(g)));
                     const __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
                     const __m512 top = _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.f), e);
                     const __m512 sigmoid = _mm512_div_ps(top, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
                     const __m512 out = _mm512_mul_ps(_mm512_mul_ps(g, sigmoid), u);
-                    _mm256_mask_storeu_epi16(act + (long)m * I + n + i, lanes, (__m256i)_mm512_cvtneps_pbh(out));
+                    narrow_some(act + (long)m * I + n + i, lanes, out);
                 }
         }
     }
@@ -310,27 +324,39 @@ static void rotate_and_append(const Attention *a, const bf16 *qkv, bf16 *queries
     for (int i = 0; i < D; i++) a->values[at + i] = value[i];
 }
 
+// dot(q, key j) over D for `count` <= ROW_TILE keys that follow one another
+INLINE void dot_keys(const bf16 *q, const bf16 *keys, int D, const int count, float scale, float *scores) {
+    const int whole = D & ~(PAIRS - 1);
+    __m512 sums[ROW_TILE];
+    for (int j = 0; j < count; j++) sums[j] = _mm512_setzero_ps();
+    for (int d = 0; d < whole; d += PAIRS) {
+        const __m512bh query = load(q + d);
+        for (int j = 0; j < count; j++)
+            sums[j] = _mm512_dpbf16_ps(sums[j], query, load(keys + (long)j * D + d));
+    }
+    if (whole < D) {
+        const __m512bh query = load_tail(q + whole, D - whole);
+        for (int j = 0; j < count; j++)
+            sums[j] = _mm512_dpbf16_ps(sums[j], query, load_tail(keys + (long)j * D + whole, D - whole));
+    }
+    if (count == ROW_TILE)
+        _mm256_storeu_ps(scores, _mm256_mul_ps(eight_sums(sums), _mm256_set1_ps(scale)));
+    else
+        for (int j = 0; j < count; j++) scores[j] = scale * horizontal_sum(sums[j]);
+}
+
 // scores[h][j] = scale * dot(q[h], key j) for a run of keys that lies in one page
 INLINE void score_keys(const bf16 *q, const bf16 *keys, int D, int heads, int count, float scale,
                        float scores[HEAD_TILE][KEY_TILE]) {
-    const int whole = D & ~(PAIRS - 1);
-    for (int j = 0; j < count; j++) {
-        const bf16 *key = keys + (long)j * D;
-        _mm_prefetch((const char *)key + 1024, _MM_HINT_T0);
-        _mm_prefetch((const char *)key + 1088, _MM_HINT_T0);
-        __m512 sums[HEAD_TILE];
-        for (int h = 0; h < HEAD_TILE; h++) sums[h] = _mm512_setzero_ps();
-        for (int d = 0; d < whole; d += PAIRS) {
-            const __m512bh k = load(key + d);
-            for (int h = 0; h < heads; h++) sums[h] = _mm512_dpbf16_ps(sums[h], load(q + h * D + d), k);
-        }
-        if (whole < D) {
-            const __m512bh k = load_tail(key + whole, D - whole);
-            for (int h = 0; h < heads; h++)
-                sums[h] = _mm512_dpbf16_ps(sums[h], load_tail(q + h * D + whole, D - whole), k);
-        }
-        for (int h = 0; h < heads; h++) scores[h][j] = scale * _mm512_reduce_add_ps(sums[h]);
+    int j = 0;
+    for (; j + ROW_TILE <= count; j += ROW_TILE) {
+        const bf16 *these = keys + (long)j * D;
+        for (int line = 0; line < ROW_TILE * D; line += PAIRS)
+            _mm_prefetch((const char *)(these + ROW_TILE * D + line), _MM_HINT_T0);
+        for (int h = 0; h < heads; h++) dot_keys(q + h * D, these, D, ROW_TILE, scale, scores[h] + j);
     }
+    for (; j < count; j++)
+        for (int h = 0; h < heads; h++) dot_keys(q + h * D, keys + (long)j * D, D, 1, scale, scores[h] + j);
 }
 
 // sums[h][d] = factor[h] * sums[h][d] + scores[h][j] * value j, over a run of values in one page
@@ -354,7 +380,7 @@ INLINE void add_values(const bf16 *values, int D, int heads, int count, const fl
 INLINE float weigh(float *scores, int count, float top) {
     __m512 sum = _mm512_setzero_ps();
     for (int j = 0; j < count; j += LANES) {
-        const __mmask16 lanes = (__mmask16)((1u << at_most(count - j, LANES)) - 1);
+        const __mmask16 lanes = first_lanes(count - j);
         const __m512 shifted = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, scores + j), _mm512_set1_ps(top));
         const __m512 weights = _mm512_maskz_mov_ps(lanes, exponential(shifted));
         _mm512_mask_storeu_ps(scores + j, lanes, weights);
