@@ -53,6 +53,9 @@ class HttpProtocol(H11Protocol):
         self._deadline = None
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Silence: some clients offer HTTP/2 with every request, and strangers anything."""
+
     def send_400_response(self, msg: str) -> None:
         """The one error envelope, for what never became a request."""
         body = msgspec.json.encode(envelope(InvalidRequest("This is not a valid HTTP request.")))

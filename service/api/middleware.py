@@ -80,12 +80,13 @@ class Authentication:
         if scope["type"] == "lifespan" or not self.digests or route_path(scope) in self.public:
             await self.app(scope, receive, send)
             return
-        key_id = self.identify(Headers(scope=scope).getlist("authorization"))
+        offered = Headers(scope=scope).getlist("authorization")
+        key_id = self.identify(offered)
         if key_id is not None and scope["type"] == "http":
             scope[KEY].key_id = key_id
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await error_response(_unauthenticated())(scope, receive, send)
+            await error_response(_unauthenticated(bool(offered)))(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
 
@@ -102,10 +103,9 @@ class Authentication:
         return found if scheme.lower() == "bearer" else None
 
 
-def _unauthenticated() -> AuthenticationFailed:
-    return AuthenticationFailed(
-        "This server needs an API key: send it as 'Authorization: Bearer <key>'."
-    )
+def _unauthenticated(has_offered: bool) -> AuthenticationFailed:
+    problem = "The API key is not one of this server's" if has_offered else "No API key came"
+    return AuthenticationFailed(f"{problem}: send it as 'Authorization: Bearer <key>'.")
 
 
 def route_path(scope: Scope) -> str:

@@ -148,3 +148,15 @@ async def test_allowed_origins_may_ask_first_and_read_refusals(
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
         other = await client.get("/v1/models", headers={"Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+async def test_a_missing_key_and_a_wrong_one_are_told_apart(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    async with talking_to(make_app(**KEYS)) as client:
+        missing = (await client.get("/v1/models")).json()["error"]["message"]
+        headers = {"Authorization": "Bearer third-key"}
+        wrong = (await client.get("/v1/models", headers=headers)).json()["error"]["message"]
+    assert "No API key" in missing
+    assert "not one of" in wrong
+    assert "third-key" not in wrong

@@ -107,6 +107,15 @@ def test_what_is_no_http_gets_the_envelope_too(url: str, sent: bytes) -> None:
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_an_offered_upgrade_is_passed_over_in_silence(
+    url: str, protocol: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: "
+    assert exchange(url, offer + protocol + b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert not caplog.records
+
+
 def test_answers_name_no_server_software(url: str) -> None:
     headers = httpx.get(f"{url}/livez").headers
     assert "server" not in headers
