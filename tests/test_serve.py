@@ -22,6 +22,32 @@ from tests.running import ROOT, Running, serving, wait_until
 STREAM = {"prompt": "Once upon a time", "stream": True, "ignore_eos": True}
 
 
+class Reader(threading.Thread):
+    """Reads one stream beside the test; made when its first line has come."""
+
+    def __init__(self, url: str, body: dict[str, object]) -> None:
+        super().__init__()
+        self.url, self.body = url, body
+        self.events: list[str] = []
+        self.began = threading.Event()
+        self.start()
+        assert self.began.wait(30)
+
+    def run(self) -> None:
+        url = f"{self.url}/v1/completions"
+        with httpx.stream("POST", url, json=self.body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                self.began.set()
+                if line.startswith("data: "):
+                    self.events.append(line)
+
+    def assert_ended_with_one_error(self) -> None:
+        self.join(30)
+        assert self.events[-1] == "data: [DONE]"
+        assert '"error"' in self.events[-2]
+        assert sum('"error"' in event for event in self.events) == 1
+
+
 def pronk(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PRONK_")}
     return subprocess.run(
@@ -119,26 +145,9 @@ def test_sigterm_drains_streams_finish_and_new_work_is_refused() -> None:
 
 def test_a_stream_past_the_drain_timeout_gets_its_one_terminal_event() -> None:
     with serving("--no-sample", "--drain-timeout", "0.2") as running:
-        events: list[str] = []
-        began = threading.Event()
-
-        def read() -> None:
-            body = STREAM | {"max_tokens": 1000, "n": 32}
-            url = f"{running.url}/v1/completions"
-            with httpx.stream("POST", url, json=body, timeout=60) as answer:
-                for line in answer.iter_lines():
-                    began.set()
-                    if line.startswith("data: "):
-                        events.append(line)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert began.wait(30)
+        reader = Reader(running.url, STREAM | {"max_tokens": 1000, "n": 32})
         assert running.end(timeout=20) == 0
-        reader.join(10)
-        assert events[-1] == "data: [DONE]"
-        assert sum('"error"' in event for event in events) == 1
-        assert '"error"' in events[-2]
+        reader.assert_ended_with_one_error()
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -170,25 +179,10 @@ def sockets_of(process: psutil.Process) -> list[Path]:
 
 
 def test_a_killed_engine_is_back_and_every_client_is_answered(server: Running) -> None:
-    events: list[str] = []
-    began = threading.Event()
-
-    def read() -> None:
-        body = STREAM | {"max_tokens": 1000, "n": 16}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-            for line in answer.iter_lines():
-                began.set()
-                if line.startswith("data: "):
-                    events.append(line)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert began.wait(30)
+    reader = Reader(server.url, STREAM | {"max_tokens": 1000, "n": 16})
     for engine in psutil.Process(server.process.pid).children():
         engine.kill()
-    reader.join(30)
-    assert events[-1] == "data: [DONE]"
-    assert sum('"error"' in event for event in events) == 1
+    reader.assert_ended_with_one_error()
     server.wait_ready()
     body = {"prompt": "Once", "max_tokens": 3}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
