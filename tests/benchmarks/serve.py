@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks import load, random_checkpoint
@@ -28,9 +29,18 @@ from tests.benchmarks.bandwidth import read_bandwidth
 READY_TIMEOUT = 300.0
 
 
+@dataclass(frozen=True)
+class Started:
+    """A pronk on a free port; seconds from the start of its process."""
+
+    url: str
+    accepting: float  # to the first answer of /livez
+    first_token: float
+
+
 @contextmanager
-def server(model: str | None, *flags: str) -> Iterator[tuple[str, float]]:
-    """A pronk of its own on a free port: its address and the seconds to its first token."""
+def server(model: str | None, *flags: str) -> Iterator[Started]:
+    """A pronk of its own, ended when the block is left."""
     command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else [])]
     command += ["--port", "0", "--no-sample", *flags]
     start = time.monotonic()
@@ -38,9 +48,10 @@ def server(model: str | None, *flags: str) -> Iterator[tuple[str, float]]:
     assert process.stderr is not None
     try:
         url = _address(process)
-        _wait(url, start)
+        accepting = _wait(f"{url}/livez", start)
+        _wait(f"{url}/readyz", start)
         asyncio.run(load.request(url, {"prompt": [300], "max_tokens": 1, "stream": True}))
-        yield url, time.monotonic() - start
+        yield Started(url, accepting, time.monotonic() - start)
     finally:
         process.terminate()
         process.communicate()
@@ -54,11 +65,12 @@ def _address(process: subprocess.Popen[str]) -> str:
     raise SystemExit(f"the server ended with code {process.wait()}")
 
 
-def _wait(url: str, start: float) -> None:
+def _wait(url: str, start: float) -> float:
+    """Seconds from ``start`` to the first 200."""
     while time.monotonic() - start < READY_TIMEOUT:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
-                return
+            with urllib.request.urlopen(url, timeout=5):
+                return time.monotonic() - start
         except OSError:
             time.sleep(0.02)
     raise SystemExit("the server did not become ready")
@@ -74,8 +86,12 @@ def measure(
     bandwidth = read_bandwidth()
     limit = bandwidth / weight_bytes(folder)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    with server(model) as (url, first):
-        print(f"\n{name}: first token {first:.1f} s after process start")
+    with server(model) as started:
+        url = started.url
+        print(
+            f"\n{name}: seconds from process start: accepts after {started.accepting:.1f},", end=""
+        )
+        print(f" first token after {started.first_token:.1f}")
         print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, limit at one stream {limit:.0f} tok/s")
         print(f"streams {load.HEADER}")
         asyncio.run(load.run(url, load.Workload(2, 4, 64, 16, vocabulary, seed=99)))  # warm
