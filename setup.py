@@ -6,6 +6,7 @@ OpenMP runtime: it uses the one torch brings into the process.
 """
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -29,6 +30,12 @@ class BuildKernels(build_ext):
             super().run()
         except Exception as error:
             self.warn(f"the optional decode kernels were not built: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        """A running server has the old library mapped: replace the file, never write into it."""
+        for old in Path("model/kernels").glob("_decode*.so"):
+            old.unlink()
+        super().copy_extensions_to_source()
 
 
 on_x86 = platform.machine() in {"x86_64", "AMD64"} and platform.system() == "Linux"
