@@ -144,9 +144,10 @@ class Sampling:
     def _too_long(self, num_prompt: int) -> ContextLengthExceeded:
         room = self.context - num_prompt
         if room < 1:
+            longest = self.context if self._max_tokens == 0 else self.context - 1
             return ContextLengthExceeded(
                 f"The model's context is {self.context} tokens and the prompt has {num_prompt}; "
-                f"send a prompt of at most {self.context - 1} tokens, or truncate_prompt_tokens.",
+                f"send a prompt of at most {longest} tokens, or truncate_prompt_tokens.",
                 param=self._params[0],
             )
         stated, name = self._max_tokens or 0, self._params[1]
