@@ -80,7 +80,7 @@ def _config(network: LlamaForCausalLM, end: int) -> dict[str, Any]:
 def _generation_config(end: int) -> dict[str, Any]:
     return {
         "do_sample": True,
-        "temperature": 0.4,
+        "temperature": 0.6,
         "top_p": 0.9,
         "bos_token_id": 1,
         "eos_token_id": [2, end],
