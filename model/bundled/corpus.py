@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Iterator
@@ -63,18 +64,19 @@ def read_books(folder: Path) -> Books:
     return Books(train, weights, held_out)
 
 
-def train_tokenizer(books: Books, prefix: Path, vocab_size: int, seed: int) -> None:
+def train_tokenizer(books: Books, path: Path, vocab_size: int, seed: int) -> None:
     """Text round-trips exactly: no normalising, no dummy prefix, bytes where no piece fits.
 
     The chat tokens are control symbols, which encoding never finds in a text.
     """
     rng = random.Random(seed)
+    model = io.BytesIO()
     lines = [line for book in books.train for line in book]
     lines += [story_document(rng) for _ in range(len(lines) // 8 + 50)]
     lines += [turn["content"] for _ in range(len(lines) // 8 + 50) for turn in write_dialogue(rng)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in lines for line in text.split("\n") if line),
-        model_prefix=str(prefix),
+        model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         byte_fallback=True,
@@ -91,6 +93,7 @@ def train_tokenizer(books: Books, prefix: Path, vocab_size: int, seed: int) -> N
         num_threads=2,
         minloglevel=2,
     )
+    path.write_bytes(model.getvalue())
 
 
 class Source:

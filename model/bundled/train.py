@@ -174,10 +174,11 @@ def report(run: Run) -> str:
 def tokenizer_for(
     books: Books, work: Path, options: argparse.Namespace
 ) -> sentencepiece.SentencePieceProcessor:
-    if not (work / "tokenizer.model").exists():
+    path = work / "tokenizer.model"
+    if not path.exists():
         vocab_size = (TINY if options.tiny else FULL)["vocab_size"]
-        train_tokenizer(books, work / "tokenizer", vocab_size, options.seed)
-    return sentencepiece.SentencePieceProcessor(model_file=str(work / "tokenizer.model"))
+        train_tokenizer(books, path, vocab_size, options.seed)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 def checkpoint(work: Path, run: Run, optimizer: Optimizer) -> None:
