@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from service.settings import Settings
 logger = logging.getLogger("pronk")
 
 MAX_HEADER_BYTES = 64 * 1024
+ECHO = 0.25  # seconds: a wrapper that passes on a signal its group got too sends it twice
 LINGER = 2  # seconds for answers already written to reach their clients
 UNKNOWN_LENGTH = 1 << 30  # before a checkpoint was read
 DTYPES = {"float": "float32", "half": "float16"}  # vLLM's other spellings
@@ -136,6 +138,7 @@ class Server:
         self.http = _Uvicorn(self._uvicorn_config())
         self.code = 0
         self._signals = 0
+        self._first_signal = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _uvicorn_config(self) -> uvicorn.Config:
@@ -224,8 +227,12 @@ class Server:
     # ---- down
 
     def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if self._signals and now - self._first_signal < ECHO:
+            return
         self._signals += 1
         if self._signals == 1:
+            self._first_signal = now
             self._spawn(self._drain())
             return
         logger.warning("second signal: ending at once")

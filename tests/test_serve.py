@@ -153,7 +153,10 @@ def test_a_stream_past_the_drain_timeout_gets_its_one_terminal_event() -> None:
 def test_a_second_signal_ends_at_once() -> None:
     with serving("--no-sample", "--drain-delay", "60") as running:
         running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGTERM)  # the same one, sent twice by a wrapper
         wait_until(lambda: status(running, "/readyz") == 503, "readiness to turn", running)
+        time.sleep(0.3)
+        assert running.process.poll() is None
         assert running.end(timeout=10) != 0
 
 
