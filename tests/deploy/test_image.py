@@ -86,6 +86,11 @@ def test_the_server_is_process_one_and_drains_on_stop(scratch: Path) -> None:
         assert state["ExitCode"] == 0
 
 
+def test_the_compiled_kernels_are_in_the_image(served: tuple[str, str]) -> None:
+    name, _ = served
+    assert "not built" not in containers.podman("exec", name, "pronk", "doctor")
+
+
 def test_nothing_is_left_that_a_server_does_not_need(served: tuple[str, str]) -> None:
     name, _ = served
     script = "import os, sys; print([path for path in sys.argv[1:] if os.path.exists(path)])"
