@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from model.processor import processor_features
+from service.engine.machine import available_memory, memory_limits, usable_cores
 
 GIB = 1 << 30
 WANTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
@@ -45,7 +47,7 @@ def _system() -> list[Finding]:
 
 
 def _processor() -> list[Finding]:
-    flags = processor_flags()
+    flags = processor_features()
     cores, usable = os.cpu_count() or 1, usable_cores()
     found = [flag for flag in WANTED_FLAGS if flag in flags]
     advice = ""
@@ -61,13 +63,11 @@ def _processor() -> list[Finding]:
 
 def _memory() -> list[Finding]:
     memory = psutil.virtual_memory()
-    limit = container_memory_limit()
-    text = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
-    if limit is not None and limit < memory.total:
+    free = available_memory()
+    text = f"{free / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
+    if limit := min((limit for limit, _ in memory_limits()), default=0):
         text += f", container limit {limit / GIB:.1f}"
-    return [
-        Finding("memory", text, "" if memory.available > GIB else "free some: models need room")
-    ]
+    return [Finding("memory", text, "" if free > GIB else "free some: models need room")]
 
 
 def _torch() -> list[Finding]:
@@ -128,33 +128,3 @@ def _packages() -> list[Finding]:
         except PackageNotFoundError:
             findings.append(Finding(name, "missing", f"needed: pip install {name}"))
     return findings
-
-
-def processor_flags() -> frozenset[str]:
-    """Feature flags as the kernel names them; empty where it does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on (affinity), not the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def container_memory_limit() -> int | None:
-    """Bytes the control group allows, None without a limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.processor import processor_features
+
 MAX_ROWS = 32  # of one call; past it a matrix product of PyTorch is faster anyway
 MAX_HEAD_SIZE = 256
 SEGMENT, MAX_SEGMENTS = 256, 32  # keys at least in a segment of a context; segments at most
@@ -251,13 +253,3 @@ def kernel_status() -> tuple[bool, str]:
     """(usable, why): for the banner and ``pronk doctor``."""
     library, reason = _library()
     return library is not None, reason
-
-
-def processor_features() -> frozenset[str]:
-    """Instruction sets as Linux names them; empty where /proc/cpuinfo does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
