@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,12 @@ class WeightSlot:
         """Any dtype and device; cast and copied."""
         assert tuple(tensor.shape) == self.shape, f"{tuple(tensor.shape)} for {self.shape}"
         self.store(tensor)
+
+
+class Packed(Protocol):
+    """A weight in a layout some library or kernel multiplies fastest."""
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
 class Linear(nn.Module):
@@ -57,11 +64,11 @@ class Linear(nn.Module):
         has_bias = has_bias and not (by_rows and group.rank)  # it is added once
         bias = torch.empty(local, dtype=dtype, device="meta") if has_bias else None
         self.register_buffer("bias", bias)
-        self._packed: Tensor | None = None
+        self.packed: Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            out = _packed_linear(x, self._packed, self.bias, "none", [], "")
+        if self.packed is not None:
+            out = self.packed.multiply(x, self.bias)
         else:
             out = F.linear(x, self.weight, self.bias)
         return self.group.all_reduce(out) if self.by_rows and self.group.size > 1 else out
@@ -104,12 +111,30 @@ class Linear(nn.Module):
         sizes = self.parts if self.by_rows else [self.group.share(size) for size in self.parts]
         return stacked.narrow(0, sum(sizes[:part]), sizes[part])
 
-    def pack(self, *, keep_source: bool = False) -> None:
-        """Re-lays the weight for oneDNN where that exists and pays; the source is dropped."""
-        if can_pack(self.weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-            if not keep_source:
-                self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
+    def pack(self, packer: Callable[[Tensor], Packed | None]) -> None:
+        """Re-lays the weight where ``packer`` can; the source is dropped."""
+        if self.weight.is_meta:  # packed already: it is shared
+            return
+        self.packed = packer(self.weight)
+        if self.packed is not None:
+            self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class OneDnnWeight:
+    """A weight re-laid by oneDNN for its own products."""
+
+    blocks: Tensor
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.blocks, bias, "none", [], "")
+        return out
+
+
+def pack_for_onednn(weight: Tensor) -> OneDnnWeight | None:
+    if not can_pack(weight):
+        return None
+    return OneDnnWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None))
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -122,13 +147,6 @@ def can_pack(weight: Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
-
-
-def _packed_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, *pointwise: str | list[float]
-) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *pointwise)
-    return out
 
 
 class RMSNorm(nn.Module):

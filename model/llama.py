@@ -16,7 +16,7 @@ from model.attention import attention, choose_backend
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import Embedding, Linear, RMSNorm, WeightSlot
+from model.layers import Embedding, Linear, RMSNorm, WeightSlot, pack_for_onednn
 from model.parallel import ParallelGroup
 from model.rope import Rope, rotate, spread
 
@@ -119,7 +119,7 @@ class Llama(nn.Module):
             return
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack()
+                module.pack(pack_for_onednn)
 
     @property
     def num_parameters(self) -> int:
