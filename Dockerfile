@@ -13,7 +13,7 @@ FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX_URL=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-# for the optional decode kernels; the compiler stays in this stage
+# for the optional kernels; the compiler stays in this stage
 RUN command -v gcc >/dev/null \
     || (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev)
 RUN python3 -m venv /opt/pronk

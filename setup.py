@@ -1,4 +1,4 @@
-"""Builds the optional decode kernels; everything else stands in pyproject.toml.
+"""Builds the optional kernels; everything else stands in pyproject.toml.
 
 Without a C compiler, or on another processor family, the build goes on without them and pronk runs
 on PyTorch alone. The file is a plain shared library for ctypes, not a Python extension. It links no
@@ -11,12 +11,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
-FLAGS = ["-O3", "-fopenmp", *(f"-m{name}" for name in INSTRUCTION_SETS)]
+INSTRUCTION_SETS = ("f", "bw", "dq", "vl", "bf16", "vnni")
+FLAGS = ["-O3", "-fopenmp", "-mfma", *(f"-mavx512{name}" for name in INSTRUCTION_SETS)]
 
 kernels = Extension(
-    "model.kernels._decode",
-    sources=["model/kernels/decode.c"],
+    "model.kernels._kernels",
+    sources=["model/kernels/linear.c", "model/kernels/attention.c"],
+    depends=["model/kernels/vectors.h"],
     extra_compile_args=FLAGS,
     optional=True,
 )
@@ -29,11 +30,11 @@ class BuildKernels(build_ext):
         try:
             super().run()
         except Exception as error:
-            self.warn(f"the optional decode kernels were not built: {error}")
+            self.warn(f"the optional kernels were not built: {error}")
 
     def copy_extensions_to_source(self) -> None:
         """A running server has the old library mapped: replace the file, never write into it."""
-        for old in Path("model/kernels").glob("_decode*.so"):
+        for old in Path("model/kernels").glob("_kernels*.so"):
             old.unlink()
         super().copy_extensions_to_source()
 

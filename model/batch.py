@@ -56,31 +56,6 @@ class Batch:
     def num_logits(self) -> int:
         return self.logit_rows.size(0)
 
-    def split_decodes(self) -> tuple[Batch, Batch]:
-        """The rows of one token, and the longer ones after them."""
-        return self.rows(0, self.num_decodes), self.rows(self.num_decodes, len(self.contexts))
-
-    def rows(self, first: int, end: int) -> Batch:
-        """Some neighbouring rows as a batch of their own: views, but for what counts from 0."""
-        start = sum(self.query_lengths[:first])
-        tokens = slice(start, start + sum(self.query_lengths[first:end]))
-        wanted = self.logit_rows[(self.logit_rows >= start) & (self.logit_rows < tokens.stop)]
-        return Batch(
-            token_ids=self.token_ids[tokens],
-            positions=self.positions[tokens],
-            slot_blocks=self.slot_blocks[tokens],
-            slot_offsets=self.slot_offsets[tokens],
-            query_starts=self.query_starts[first : end + 1] - start,
-            context_lengths=self.context_lengths[first:end],
-            block_tables=self.block_tables[first:end],
-            logit_rows=wanted - start,
-            num_decodes=max(0, min(self.num_decodes, end) - first),
-            query_lengths=self.query_lengths[first:end],
-            contexts=self.contexts[first:end],
-            tables=self.tables[first:end],
-            block_size=self.block_size,
-        )
-
 
 class BatchBuilder:
     """Lays rows out in buffers allocated once; a batch is views of them, valid until the next one.

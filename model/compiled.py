@@ -1,85 +1,194 @@
-"""Decode steps through the compiled kernels: the same network, four passes a layer.
+"""The network through the compiled kernels: the same network, five calls a layer.
 
-Serves rows of one token; prompt chunks go through PyTorch, also within one step: the decoding rows
-beside a chunk cost one more read of the weights and gain a row's independence of its neighbours (a
-row's result is the same bits whatever it is batched with). The weights stay row-major, one copy.
+Every row of a step goes this way, decoding tokens and chunks of prompts together: the weights are
+read once a step, from their one packed copy. What a token gets is the same bits whatever it is
+batched with and however its prompt was cut.
+
+A layer's calls read and write buffers that stay where they are, so they are prepared once, for as
+many tokens as a step has had so far.
 """
 
+# T tokens, R rows of logits, V vocabulary
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
-from model.kernels import MAX_HEAD_SIZE, MAX_ROWS, Kernels, PagedRows, kernel_status, load_kernels
+from model.kernels import (
+    MAX_HEAD_SIZE,
+    Kernels,
+    KernelWeight,
+    PagedRows,
+    PreparedAttention,
+    PreparedLinear,
+    StepRows,
+    kernel_status,
+    load_kernels,
+)
+from model.kernels.packing import PANEL
 from model.kv_cache import KVCache
-from model.llama import Layer, Llama
+from model.layers import Linear
+
+if TYPE_CHECKING:
+    from model.llama import Layer, Llama, Taps
+
+_LEAST_TOKENS = 32  # a plan is made for at least so many
 
 
-class CompiledDecode:
-    """The decode path of one network on a CPU."""
+class CompiledNetwork:
+    """The forward pass of one network on a CPU whose layers hold packed weights."""
 
     def __init__(self, model: Llama, kernels: Kernels) -> None:
         self._model, self._kernels = model, kernels
-        self._eps = model.config.norm_eps
+        self._plan: _Plan | None = None
+        self._head: list[_Head] = [_Head(model, kernels), _Head(model, kernels)]
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Logits [R, V] float32 of rows of one token each, as PyTorch gives them to rounding."""
-        count = batch.num_tokens
-        if count <= MAX_ROWS:
-            return self._forward(batch, cache)
-        parts = (batch.rows(i, min(i + MAX_ROWS, count)) for i in range(0, count, MAX_ROWS))
-        return torch.cat([self._forward(part, cache) for part in parts])
-
-    def _forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        model = self._model
-        x = model.embedding(batch.token_ids)  # a fresh tensor: the layers add to it in place
-        cosines, sines = model.rope.angles(batch.positions)
-        tables, longest = batch.block_tables.contiguous(), max(batch.contexts)
-        rows = PagedRows(
-            cosines.contiguous(), sines.contiguous(), tables, batch.context_lengths, longest
-        )
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
-            self._layer(layer, x, rows, cache)
-        if batch.num_logits != batch.num_tokens:
+    def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
+        """Logits [R, V] float32, as PyTorch gives them; valid until the next call but one."""
+        model, count = self._model, batch.num_tokens
+        plan = self._plan_for(count, cache)
+        x = plan.x[:count]
+        x.copy_(model.embedding(batch.token_ids))
+        plan.step.set(_paged_rows(model, batch))
+        _tap(taps, 0, x)
+        for index, layer in enumerate(plan.layers):
+            layer(count)
+            _tap(taps, index + 1, x)
+        if batch.num_logits != count:
             x = x.index_select(0, batch.logit_rows)
-        if x.size(0) == 0:
-            return torch.empty(0, model.config.vocab_size)
-        norm, head = model.norm.weight, model.head.weight
-        return self._kernels.rms_linear(x, norm, head, None, self._eps, torch.float32)
+        return self.logits(x)
 
-    def _layer(self, layer: Layer, x: Tensor, rows: PagedRows, cache: KVCache) -> None:
-        kernels, attention, mlp = self._kernels, layer.attention, layer.feed_forward
-        qkv, output, gate_up, down = attention.qkv, attention.output, mlp.gate_up, mlp.down
-        mixed = kernels.paged_attention(
-            kernels.rms_linear(x, layer.attention_norm.weight, qkv.weight, qkv.bias, self._eps),
+    def logits(self, x: Tensor) -> Tensor:
+        """The head over its norm: [R, hidden] -> [R, V] float32, in one of two buffers in turn."""
+        self._head.reverse()
+        return self._head[0](x)
+
+    def _plan_for(self, num_tokens: int, cache: KVCache) -> _Plan:
+        plan = self._plan
+        if plan is None or plan.cache is not cache or len(plan.x) < num_tokens:
+            enough = max(_LEAST_TOKENS, 1 << (num_tokens - 1).bit_length())
+            plan = self._plan = _Plan(self._model, self._kernels, cache, enough)
+        return plan
+
+
+class _Plan:
+    """Buffers for so many tokens, and every layer's calls on them."""
+
+    def __init__(self, model: Llama, kernels: Kernels, cache: KVCache, num_tokens: int) -> None:
+        config = model.config
+        self.cache = cache
+
+        def buffer(width: int) -> Tensor:
+            return torch.empty(num_tokens, width, dtype=torch.bfloat16)
+
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_size
+        self.x, self.qkv = buffer(config.hidden_size), buffer((heads + 2 * kv_heads) * size)
+        self.mixed, self.inner = buffer(heads * size), buffer(config.intermediate_size)
+        self.step = StepRows(kernels, heads, kv_heads, size)
+        self.layers = [
+            self._layer(layer, kernels, config.norm_eps)  # type: ignore[arg-type]
+            for layer in model.layers
+        ]
+
+    def _layer(self, layer: Layer, kernels: Kernels, eps: float) -> Callable[[int], None]:
+        attention, mlp, cache = layer.attention, layer.feed_forward, self.cache
+
+        def linear(module: Linear, x: Tensor, out: Tensor, **more: object) -> PreparedLinear:
+            weight = module.packed
+            assert isinstance(weight, KernelWeight)
+            return PreparedLinear(kernels, weight, x, out, bias=module.bias, eps=eps, **more)  # type: ignore[arg-type]
+
+        norms = layer.attention_norm.weight, layer.feed_forward_norm.weight
+        qkv = linear(attention.qkv, self.x, self.qkv, norm=norms[0])
+        attend = PreparedAttention(
+            kernels,
+            self.step,
+            self.qkv,
+            self.mixed,
             cache.keys[attention.index],
             cache.values[attention.index],
-            rows,
             scale=attention.scale,
             window=attention.window,
             q_norm=None if attention.q_norm is None else attention.q_norm.weight,
             k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-            eps=self._eps,
+            eps=eps,
         )
-        kernels.linear_add(mixed, output.weight, output.bias, x)
-        norm = layer.feed_forward_norm.weight
-        inner = kernels.rms_gate_up(x, norm, gate_up.weight, gate_up.bias, self._eps)
-        kernels.linear_add(inner, down.weight, down.bias, x)
+        output = linear(attention.output, self.mixed, self.x, adds=True)
+        gate_up = linear(mlp.gate_up, self.x, self.inner, norm=norms[1], gates=True)
+        down = linear(mlp.down, self.inner, self.x, adds=True)
+
+        def run(num_tokens: int) -> None:
+            qkv(num_tokens)
+            attend()
+            output(num_tokens)
+            gate_up(num_tokens)
+            down(num_tokens)
+
+        return run
 
 
-def compile_decode(model: Llama) -> tuple[CompiledDecode | None, str]:
-    """The compiled path, or None; and in words which path decodes and why."""
-    size = model.config.head_size
+class _Head:
+    """Norm and head into a buffer of its own: a large one taken anew costs more than it should."""
+
+    def __init__(self, model: Llama, kernels: Kernels) -> None:
+        self._model, self._kernels = model, kernels
+        self._out = torch.empty(0, model.config.vocab_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > len(self._out):
+            self._out = torch.empty(len(x), self._model.config.vocab_size)
+        out, weight = self._out[: len(x)], self._model.head.packed
+        assert isinstance(weight, KernelWeight)
+        if len(x):
+            norm, eps = self._model.norm.weight, self._model.config.norm_eps
+            PreparedLinear(self._kernels, weight, x.contiguous(), out, norm=norm, eps=eps)(len(x))
+        return out
+
+
+def _paged_rows(model: Llama, batch: Batch) -> PagedRows:
+    cosines, sines = model.rope.angles(batch.positions)
+    return PagedRows(
+        cosines.contiguous(),
+        sines.contiguous(),
+        batch.block_tables.contiguous(),
+        batch.context_lengths,
+        batch.query_starts,
+        batch.num_decodes,
+        max(batch.contexts[: batch.num_decodes], default=0),
+    )
+
+
+def _tap(taps: Taps | None, layer: int, x: Tensor) -> None:
+    """Taps may keep what they are shown, and the next layer adds in place: they get a copy."""
+    if taps is not None and (replaced := taps(layer, x.clone())) is not None:
+        x.copy_(replaced)
+
+
+def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
+    """The compiled path with all weights packed for it, or None; in words which path and why."""
     if model.device.type != "cpu" or model.attention != "cpu":
         return None, model.attention
     if model.dtype != torch.bfloat16:
-        return None, "cpu (PyTorch: the compiled kernels take bf16 weights)"
-    if model.group.size > 1 or size % 16 or size > MAX_HEAD_SIZE:
+        return None, "cpu (PyTorch: the compiled kernels take bf16)"
+    if not _has_kernel_shape(model):
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
     kernels = load_kernels()
     usable, why = kernel_status()
     if kernels is None or not usable:
         return None, f"cpu (PyTorch: {why})"
-    return CompiledDecode(model, kernels), f"cpu with {why}"
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack(kernels.pack)
+    return CompiledNetwork(model, kernels), f"cpu with {why}"
+
+
+def _has_kernel_shape(model: Llama) -> bool:
+    config = model.config
+    size, widths = config.head_size, (config.hidden_size, config.num_heads * config.head_size)
+    fits = size % 16 == 0 and size <= MAX_HEAD_SIZE and all(width % 2 == 0 for width in widths)
+    return fits and model.group.size == 1 and config.intermediate_size % PANEL == 0

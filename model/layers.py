@@ -191,9 +191,17 @@ class Embedding(nn.Module):
         super().__init__()
         self.target = device
         self.register_buffer("weight", torch.empty(rows, size, dtype=dtype, device="meta"))
+        self._look_up: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self._look_up is not None:
+            return self._look_up(tokens)
         return F.embedding(tokens, self.weight)
+
+    def look_up_in(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """``rows`` holds the same table in another layout: this one is dropped."""
+        self._look_up = rows
+        self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
 
     def slot(self) -> WeightSlot:
         return WeightSlot(tuple(self.weight.shape), self._fill)

@@ -21,7 +21,7 @@ from model.parallel import ParallelGroup
 from model.rope import Rope, rotate, spread
 
 if TYPE_CHECKING:
-    from model.compiled import CompiledDecode
+    from model.compiled import CompiledNetwork
 
 __all__ = ["Llama", "Taps", "WeightSlot"]
 
@@ -55,17 +55,14 @@ class Llama(nn.Module):
             config.hidden_size, [config.vocab_size], is_split=self.is_head_split
         )
         self.rope = Rope(config.rope, config.head_size, self.device)
-        self.decode: CompiledDecode | None = None  # settled by ``pack``
+        self.compiled: CompiledNetwork | None = None  # settled by ``pack``
         self.path = self.attention  # in words, for the banner
 
     def forward(self, batch: Batch, cache: KVCache, taps: Taps | None = None) -> Tensor:
         """Logits [R, V] float32 of the rows the batch asks for, in its order."""
-        if self.decode is None or taps is not None or batch.num_decodes == 0:
-            return self._forward(batch, cache, taps)
-        if batch.num_decodes == batch.num_tokens:
-            return self.decode.forward(batch, cache)
-        decodes, chunks = batch.split_decodes()
-        return torch.cat((self.decode.forward(decodes, cache), self._forward(chunks, cache, None)))
+        if self.compiled is not None:
+            return self.compiled.forward(batch, cache, taps)
+        return self._forward(batch, cache, taps)
 
     def _forward(self, batch: Batch, cache: KVCache, taps: Taps | None) -> Tensor:
         batch.prepared.clear()
@@ -75,12 +72,14 @@ class Llama(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, angles, batch, cache)
             x = _tapped(taps, index + 1, x)
-        return self.logits(x, batch)
-
-    def logits(self, x: Tensor, batch: Batch) -> Tensor:
-        """[T, hidden] -> [R, V] float32."""
         if batch.num_logits != batch.num_tokens:
             x = x.index_select(0, batch.logit_rows)
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The residual stream behind the last layer [R, hidden] -> [R, V] float32."""
+        if self.compiled is not None:
+            return self.compiled.logits(x)
         logits: Tensor = self.head(self.norm(x))
         if self.is_head_split:
             logits = self.group.gather_columns(logits)
@@ -109,17 +108,26 @@ class Llama(nn.Module):
     def pack(self, *, compiled: bool = True) -> None:
         """Settles how the weights are read, once every slot is filled.
 
-        The compiled decode path reads them as they lie; without it they are re-laid for oneDNN.
+        One packed copy for the kernels, or one re-laid for oneDNN; what cannot be packed stays.
         """
-        from model.compiled import compile_decode
+        from model.compiled import compile_network
 
         if compiled:
-            self.decode, self.path = compile_decode(self)
-        if self.decode is not None:
+            self.compiled, self.path = compile_network(self)
+        if self.compiled is not None:
+            self._share_packed_head()
             return
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(pack_for_onednn)
+
+    def _share_packed_head(self) -> None:
+        """A tied embedding looks up the head's panels: one copy of the largest matrix."""
+        from model.kernels import KernelWeight
+
+        head = self.head.packed
+        if self.config.tie_embeddings and isinstance(head, KernelWeight):
+            self.embedding.look_up_in(head.panels.rows)
 
     @property
     def num_parameters(self) -> int:

@@ -110,7 +110,7 @@ def _kernels() -> Finding:
 
     usable, why = kernel_status()
     advice = "install a C compiler (gcc), then pronk again" if "compiler" in why else ""
-    return Finding("decode kernels", why if usable else f"PyTorch ({why})", advice)
+    return Finding("kernels", why if usable else f"PyTorch ({why})", advice)
 
 
 def _torch_advice(version: str) -> str:

@@ -1,9 +1,11 @@
-"""Optional decode kernels in plain C, called through ctypes: what they compute and when they serve.
+"""Optional kernels in plain C, called through ctypes: what they compute and when they serve.
 
 ``load_kernels()`` gives the compiled functions where the library was built and the processor has
-AVX-512 BF16, else None; ``kernel_status()`` says which and why. ``model.kernels.reference`` has the
-same functions in PyTorch: the specification the tests compare with.
+AVX-512 BF16 and VNNI, else None; ``kernel_status()`` says which and why. The same functions
+in PyTorch, the specification the tests compare with, stand in ``model.kernels.reference``.
 """
+
+# M rows (tokens), K inputs, N outputs, T tokens, S rows of a step, D head size
 
 from __future__ import annotations
 
@@ -11,44 +13,84 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.kernels.packing import PANEL, Panels, WeightStruct, can_pack, pack
 from model.processor import processor_features
+from model.quantization import QuantizedWeight
 
-MAX_ROWS = 32  # of one call; past it a matrix product of PyTorch is faster anyway
 MAX_HEAD_SIZE = 256
 SEGMENT, MAX_SEGMENTS = 256, 32  # keys at least in a segment of a context; segments at most
-NEEDED_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
-VERSION = 1
+NEEDED_FEATURES = frozenset(
+    {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+)
+VERSION = 2
+CACHE_KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
 
+_TO_BF16, _TO_FLOAT, _ADD_TO_BF16 = range(3)
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
-class _Attention(ctypes.Structure):
-    """Field for field the struct ``Attention`` of decode.c."""
+class _Call(ctypes.Structure):
+    """Field for field the struct ``Call`` of linear.c."""
 
     _fields_ = (
-        ("q_norm", _pointer),
-        ("k_norm", _pointer),
+        ("weight", ctypes.POINTER(WeightStruct)),
+        ("x", _pointer),
+        ("norm", _pointer),
+        ("bias", _pointer),
+        ("out", _pointer),
+        ("scratch", _pointer),
+        ("kind", _int),
+        ("threads", _int),
+        ("eps", _float),
+    )
+
+
+class _Step(ctypes.Structure):
+    """Field for field the struct ``Step`` of attention.c."""
+
+    _fields_ = (
         ("cosines", _pointer),
         ("sines", _pointer),
-        ("keys", _pointer),
-        ("values", _pointer),
         ("tables", _pointer),
         ("contexts", _pointer),
+        ("starts", _pointer),
+        ("queries", _pointer),
+        ("partials", _pointer),
+        ("blocks", _pointer),
         ("rows", _int),
+        ("lone", _int),
+        ("table_stride", _int),
+        ("splits", _int),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """Field for field the struct ``Attention`` of attention.c."""
+
+    _fields_ = (
+        ("step", ctypes.POINTER(_Step)),
+        ("qkv", _pointer),
+        ("out", _pointer),
+        ("q_norm", _pointer),
+        ("k_norm", _pointer),
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("key_scales", _pointer),
+        ("value_scales", _pointer),
         ("heads", _int),
         ("kv_heads", _int),
         ("head_size", _int),
         ("page_size", _int),
-        ("table_stride", _int),
         ("window", _int),
-        ("splits", _int),
+        ("cache", _int),
+        ("threads", _int),
         ("scale", _float),
         ("eps", _float),
-        ("threads", _int),
     )
 
 
@@ -56,154 +98,228 @@ class _Attention(ctypes.Structure):
 class PagedRows:
     """What every layer's attention of one step shares. All tensors contiguous.
 
-    cosines, sines: [M, head_size / 2] float32 of the rows' positions; tables: [M, pages] int32;
-    contexts: [M] int32, keys each row sees with its own.
+    cosines, sines: [T, D / 2] float32 of the tokens' positions; tables: [S, pages] int32; contexts:
+    [S] int32, keys each row's last token sees with its own; starts: [S + 1] int32, where each row's
+    tokens begin. The first ``num_lone`` rows have one token.
     """
 
     cosines: Tensor
     sines: Tensor
     tables: Tensor
     contexts: Tensor
-    longest: int  # the largest context: decides into how many parts a row's keys are cut
+    starts: Tensor
+    num_lone: int
+    longest: int  # the largest context: decides into how many parts a lone row's keys are cut
 
 
-class Kernels:
-    """The compiled functions over tensors. Weights are row-major bf16, one copy, as loaded."""
+@dataclass(frozen=True)
+class KernelWeight:
+    """A packed weight and the kernels that multiply it: what ``Linear.pack`` takes."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
-        self.threads = threads
-        self._library = library
-        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+    kernels: Kernels
+    panels: Panels
+    struct: WeightStruct
 
-    def _buffer(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """Scratch that only grows; its contents mean nothing between two calls."""
-        buffer = self._scratch.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=dtype)
-            self._scratch[name, dtype] = buffer
-        return buffer
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, K] -> [M, N] bf16."""
+        return self.kernels.linear(x.contiguous(), None, self, bias, 0.0)
 
-    def rms_linear(
+
+class PreparedLinear:
+    """One matrix between two buffers: prepared once, called for the first ``rows`` of them.
+
+    Preparing is most of what a call costs from Python (some 10 us, a call 1), and a step of a small
+    model makes a hundred calls.
+    """
+
+    def __init__(
         self,
+        kernels: Kernels,
+        weight: KernelWeight,
         x: Tensor,
-        norm: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        out_dtype: torch.dtype = torch.bfloat16,
-    ) -> Tensor:
-        """norm(x) @ weight.T + bias: [M, K], [N, K] -> [M, N] in bf16 or float32."""
-        (rows, inputs), outputs = x.shape, weight.shape[0]
-        out = torch.empty(rows, outputs, dtype=out_dtype)
-        scratch = self._buffer("norm", self.threads * rows * inputs, torch.bfloat16)
-        is_float = out_dtype == torch.float32
-        self._library.rms_linear(
-            x.data_ptr(),
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 0.0,
+        adds: bool = False,
+        gates: bool = False,
+    ) -> None:
+        panels = weight.panels
+        self._x, self._order = x, panels.order
+        self._sorted = x
+        if panels.order is not None:  # a norm does not mind, its weight moves along
+            self._sorted = torch.empty_like(x)
+            norm = None if norm is None else norm[panels.order]
+        groups = panels.inputs // panels.group if panels.group else 0
+        scratch = kernels.buffer("inputs", x.shape[0] * (8 * groups + 3 * panels.inputs))
+        self._kept = (weight, self._sorted, norm, bias, out, scratch)  # whose addresses are below
+        kind = _ADD_TO_BF16 if adds else _TO_FLOAT if out.dtype == torch.float32 else _TO_BF16
+        self._call = _Call(
+            ctypes.pointer(weight.struct),
+            self._sorted.data_ptr(),
             _address(norm),
-            weight.data_ptr(),
-            _address(bias),
-            None if is_float else out.data_ptr(),
-            out.data_ptr() if is_float else None,
-            scratch.data_ptr(),
-            rows,
-            inputs,
-            outputs,
-            eps,
-            self.threads,
-        )
-        return out
-
-    def linear_add(self, a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
-        """x += a @ weight.T + bias, in place: [M, K], [N, K], [M, N]."""
-        (rows, inputs), outputs = a.shape, weight.shape[0]
-        self._library.linear_add(
-            a.data_ptr(),
-            weight.data_ptr(),
-            _address(bias),
-            x.data_ptr(),
-            rows,
-            inputs,
-            outputs,
-            self.threads,
-        )
-
-    def rms_gate_up(
-        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        """silu(norm(x) @ gate.T) * (norm(x) @ up.T): weight [2 I, K], gate above up -> [M, I]."""
-        (rows, inputs), inner = x.shape, weight.shape[0] // 2
-        out = torch.empty(rows, inner, dtype=torch.bfloat16)
-        scratch = self._buffer("norm", self.threads * rows * inputs, torch.bfloat16)
-        self._library.rms_gate_up(
-            x.data_ptr(),
-            norm.data_ptr(),
-            weight.data_ptr(),
             _address(bias),
             out.data_ptr(),
             scratch.data_ptr(),
-            rows,
-            inputs,
-            inner,
+            kind,
+            kernels.threads,
             eps,
-            self.threads,
         )
-        return out
+        self._pointer = ctypes.byref(self._call)
+        self._function = kernels.library.gate_up if gates else kernels.library.linear
 
-    def paged_attention(
+    def __call__(self, rows: int) -> None:
+        if self._order is not None:
+            torch.index_select(self._x[:rows], 1, self._order, out=self._sorted[:rows])
+        self._function(self._pointer, rows)
+
+
+class PreparedAttention:
+    """One layer's attention between two buffers, over pages that stay where they are.
+
+    Rotary, append, attend: qkv [T, (H + 2 KV) D] -> out [T, H D]. The pages
+    [num_blocks, KV, block_size, D] are written at each token's position; of an int8 cache so are
+    the scales [num_blocks, KV, block_size].
+    """
+
+    def __init__(
         self,
+        kernels: Kernels,
+        step: StepRows,
         qkv: Tensor,
+        out: Tensor,
         keys: Tensor,
         values: Tensor,
-        rows: PagedRows,
         *,
         scale: float,
         window: int | None = None,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
-    ) -> Tensor:
-        """Rotary, append, attend: [M, (H + 2 KV) D] -> [M, H D]; keys, values: one layer.
-
-        The pages [num_blocks, KV, block_size, D] are written at each row's last position.
-        """
-        num_rows = qkv.shape[0]
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+    ) -> None:
         _, kv_heads, page_size, head_size = keys.shape
-        heads = qkv.shape[1] // head_size - 2 * kv_heads
-        # the kernel cuts each context by its own length alone, into no more than this many segments
-        splits = min(MAX_SEGMENTS, -(-rows.longest // SEGMENT))
-        out = torch.empty(num_rows, heads * head_size, dtype=torch.bfloat16)
-        queries = self._buffer("queries", out.numel(), torch.bfloat16)
-        partials = self._buffer(
-            "partials", splits * num_rows * heads * (head_size + 2), torch.float32
-        )
-        call = _Attention(
+        self._kept = (step, qkv, out, keys, values, q_norm, k_norm, key_scales, value_scales)
+        self._attention = _Attention(
+            ctypes.pointer(step.struct),
+            qkv.data_ptr(),
+            out.data_ptr(),
             _address(q_norm),
             _address(k_norm),
-            rows.cosines.data_ptr(),
-            rows.sines.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            rows.tables.data_ptr(),
-            rows.contexts.data_ptr(),
-            num_rows,
-            heads,
+            _address(key_scales),
+            _address(value_scales),
+            out.shape[1] // head_size,
             kv_heads,
             head_size,
             page_size,
-            rows.tables.shape[1],
             window or 0,
-            splits,
+            CACHE_KINDS[keys.dtype],
+            kernels.threads,
             scale,
             eps,
-            self.threads,
         )
-        self._library.paged_attention(
-            ctypes.byref(call),
-            qkv.data_ptr(),
-            out.data_ptr(),
-            queries.data_ptr(),
-            partials.data_ptr(),
+        self._pointer = ctypes.byref(self._attention)
+        self._function = kernels.library.paged_attention
+
+    def __call__(self) -> None:
+        self._function(self._pointer)
+
+
+class StepRows:
+    """The rows of the step at hand, where every layer's attention looks for them."""
+
+    def __init__(self, kernels: Kernels, heads: int, kv_heads: int, head_size: int) -> None:
+        self.struct = _Step()
+        self._kernels, self._heads, self._size = kernels, heads, head_size
+        block = kernels.library.block_scratch_bytes(head_size, heads // kv_heads)
+        self._blocks = torch.empty(kernels.threads * block, dtype=torch.uint8)
+
+    def set(self, rows: PagedRows) -> None:
+        # the kernel cuts each context by its own length alone, into no more than this many segments
+        splits = min(MAX_SEGMENTS, -(-rows.longest // SEGMENT))
+        partials = 4 * splits * rows.num_lone * self._heads * (self._size + 2)
+        self._kept = (
+            rows,
+            self._kernels.buffer("queries", 2 * len(rows.cosines) * self._heads * self._size),
+            self._kernels.buffer("partials", partials),
         )
+        struct = self.struct
+        struct.cosines, struct.sines = rows.cosines.data_ptr(), rows.sines.data_ptr()
+        struct.tables, struct.contexts = rows.tables.data_ptr(), rows.contexts.data_ptr()
+        struct.starts = rows.starts.data_ptr()
+        struct.queries, struct.partials = self._kept[1].data_ptr(), self._kept[2].data_ptr()
+        struct.blocks = self._blocks.data_ptr()
+        struct.rows, struct.lone = len(rows.contexts), rows.num_lone
+        struct.table_stride, struct.splits = rows.tables.shape[1], splits
+
+
+class Kernels:
+    """The compiled functions over tensors: prepared ones for a network, plain ones for the rest."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self.threads = threads
+        self.library = library
+        self._scratch: dict[str, Tensor] = {}
+
+    def pack(self, weight: Tensor | QuantizedWeight) -> KernelWeight | None:
+        """The weight as the kernels read it; None where its shape or dtype is not theirs."""
+        if not can_pack(weight):
+            return None
+        panels = pack(weight)
+        return KernelWeight(self, panels, panels.struct())
+
+    def buffer(self, name: str, num_bytes: int) -> Tensor:
+        """Scratch that only grows; its contents mean nothing between two calls."""
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = self._scratch[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return buffer
+
+    def linear(
+        self,
+        x: Tensor,
+        norm: Tensor | None,
+        weight: KernelWeight,
+        bias: Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """norm(x) @ weight.T + bias: [M, K] -> [M, N] in bf16 or float32."""
+        out = torch.empty(x.shape[0], weight.panels.outputs, dtype=out_dtype)
+        PreparedLinear(self, weight, x, out, norm=norm, bias=bias, eps=eps)(x.shape[0])
+        return out
+
+    def linear_add(
+        self, x: Tensor, weight: KernelWeight, bias: Tensor | None, residual: Tensor
+    ) -> None:
+        """residual += x @ weight.T + bias, in place: [M, K], [M, N]."""
+        PreparedLinear(self, weight, x, residual, bias=bias, adds=True)(x.shape[0])
+
+    def gate_up(
+        self, x: Tensor, norm: Tensor, weight: KernelWeight, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """silu(norm(x) @ gate.T) * (norm(x) @ up.T): weight [2 I, K], gate above up -> [M, I]."""
+        inner = weight.panels.outputs // 2
+        assert inner % PANEL == 0, "gate and up begin with a panel of their own"
+        out = torch.empty(x.shape[0], inner, dtype=torch.bfloat16)
+        call = PreparedLinear(self, weight, x, out, norm=norm, bias=bias, eps=eps, gates=True)
+        call(x.shape[0])
+        return out
+
+    def paged_attention(
+        self, qkv: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, **settings: Any
+    ) -> Tensor:
+        """[T, (H + 2 KV) D] -> [T, H D]; see ``PreparedAttention``."""
+        _, kv_heads, _, head_size = keys.shape
+        heads = qkv.shape[1] // head_size - 2 * kv_heads
+        out = torch.empty(qkv.shape[0], heads * head_size, dtype=torch.bfloat16)
+        step = StepRows(self, heads, kv_heads, head_size)
+        step.set(rows)
+        PreparedAttention(self, step, qkv, out, keys, values, **settings)()
         return out
 
 
@@ -216,7 +332,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and the reason there is none."""
     if missing := NEEDED_FEATURES - processor_features():
         return None, f"this processor lacks {', '.join(sorted(missing))}"
-    built = sorted(Path(__file__).parent.glob("_decode*.so"))
+    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not built:
         return None, "not built: no C compiler was found when pronk was installed"
     try:
@@ -232,13 +348,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    p, i, f = _pointer, _int, _float
-    library.rms_linear.argtypes = [p, p, p, p, p, p, p, i, i, i, f, i]
-    library.linear_add.argtypes = [p, p, p, p, i, i, i, i]
-    library.rms_gate_up.argtypes = [p, p, p, p, p, p, i, i, i, f, i]
-    library.paged_attention.argtypes = [ctypes.POINTER(_Attention), p, p, p, p]
-    for function in ("rms_linear", "linear_add", "rms_gate_up", "paged_attention"):
-        getattr(library, function).restype = None
+    for function in (library.linear, library.gate_up):
+        function.argtypes, function.restype = [ctypes.POINTER(_Call), _int], None
+    library.paged_attention.argtypes = [ctypes.POINTER(_Attention)]
+    library.paged_attention.restype = None
+    library.block_scratch_bytes.argtypes = [_int, _int]
+    library.block_scratch_bytes.restype = ctypes.c_long
 
 
 def load_kernels(threads: int | None = None) -> Kernels | None:

@@ -130,9 +130,9 @@ class ModelRunner:
     def _forward(self, batch: Batch, has_chunks: bool) -> tuple[Tensor, Tensor | None]:
         """Logits of the rows that sample; with chunks the last residual stream, to be looked at."""
         if has_chunks:
-            streams: list[Tensor] = []
-            logits = self.model.forward(batch, self.cache, taps=lambda _, x: streams.append(x))
-            return logits, streams[-1]
+            last: dict[int, Tensor] = {}
+            logits = self.model.forward(batch, self.cache, taps=lambda _, x: last.update({0: x}))
+            return logits, last[0]
         forward = self._graphs.forward if self._graphs is not None else self._eager
         return forward(batch), None
 
@@ -201,7 +201,7 @@ class ModelRunner:
         for begin in range(0, row.num_targets, HEAD_SLICE):
             targets = row.targets[begin : begin + HEAD_SLICE]
             own = hidden[start + begin : start + begin + len(targets)]
-            logits = self.model.head(self.model.norm(own)).float()
+            logits = self.model.logits(own)
             found = self._sampler.prompt_logprobs(logits, targets, wanted)
             known += [_logprob(raw) for raw in found]
         return known

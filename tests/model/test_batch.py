@@ -66,16 +66,6 @@ def test_a_builder_serves_step_after_step() -> None:
     assert batch.logit_rows.tolist() == [0]
 
 
-def test_rows_of_a_batch_are_the_batch_of_those_rows() -> None:
-    for first, end in ((0, 2), (1, 3), (2, 4), (0, 4)):
-        part, alone = build(ROWS).rows(first, end), build(ROWS[first:end])
-        for name in ("token_ids", "positions", "slot_blocks", "slot_offsets", "query_starts"):
-            assert torch.equal(getattr(part, name), getattr(alone, name)), name
-        assert torch.equal(part.context_lengths, alone.context_lengths)
-        assert torch.equal(part.logit_rows, alone.logit_rows)
-        assert (part.num_decodes, part.tables) == (alone.num_decodes, alone.tables)
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
