@@ -80,6 +80,16 @@ def write(shape: str, folder: Path) -> None:
     write_tokenizer(int(str(config["vocab_size"])), folder)
 
 
+def num_parameters(shape: str) -> int:
+    """Of a step's reading: an embedding that is tied is the head and counts once."""
+    config = {name: value for name, value in SHAPES[shape].items() if isinstance(value, int)}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    width = hidden // config["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * config["num_key_value_heads"] * width
+    layer = attention + 3 * hidden * inner + 2 * hidden
+    return config["num_hidden_layers"] * layer + config["vocab_size"] * hidden + hidden
+
+
 def write_weights(config: dict[str, object], folder: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -40,7 +40,7 @@ class Event(Struct):
 
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: Raw | None = None
+    error: Raw = Raw()  # a structure with most servers, a text with some
 
     @property
     def has_text(self) -> bool:
@@ -58,7 +58,7 @@ class Event(Struct):
     @property
     def failure(self) -> str:
         """The error's message, "" where the event is none."""
-        return "" if self.error is None or bytes(self.error) == b"null" else message_of(self.error)
+        return "" if bytes(self.error) in (b"", b"null") else message_of(self.error)
 
 
 read_event = msgspec.json.Decoder(Event).decode

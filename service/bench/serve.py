@@ -106,8 +106,6 @@ async def ask_server(target: Target) -> Server:
         raise BenchProblem(f"no server answers at {target.root}: {error}") from None
     if status in (401, 403):
         raise BenchProblem(f"the server refuses the key: {message_of(body)} (--api-key)")
-    if status >= 500:
-        raise BenchProblem(f"the server is not ready: {status} {message_of(body)}")
     return Server(
         url=target.root,
         model=_first_model(body) if status == 200 else "",

@@ -21,21 +21,19 @@ from service.bench.rates import read_bandwidth
 from service.bench.report import serve_table
 from service.bench.summary import Summary, summarize
 from service.bench.workload import Lengths, Workload
-from tests.benchmarks.servers import Pronk, Started
+from tests.benchmarks.servers import Pronk, Room, Started, Weights
 
 
 def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(
-    name: str, model: str | None, folder: Path, concurrencies: list[int], tokens: int
-) -> None:
+def measure(name: str, folder: Path, concurrencies: list[int], tokens: int) -> None:
     bandwidth = read_bandwidth()
     limit = bandwidth / weight_bytes(folder)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     workload = Workload(output_len=Lengths(tokens, tokens), vocabulary=vocabulary)
-    with Pronk(model).running() as started:
+    with Pronk().running(Weights(folder), Room()) as started:
         print(f"\n{name}: seconds from process start: accepts after {started.accepting:.1f}, ", end="")
         print(f"first token after {started.first_token:.1f}")
         print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, limit at one stream {limit:.0f} tok/s")
@@ -75,8 +73,7 @@ def main() -> None:
                 folder = bundled_model_path()
             elif not (folder / "config.json").exists():
                 random_checkpoint.write(name, folder)
-            model = None if name == "bundled" else str(folder)
-            measure(name, model, folder, options.concurrency, options.output_tokens)
+            measure(name, folder, options.concurrency, options.output_tokens)
 
 
 if __name__ == "__main__":
