@@ -1,4 +1,4 @@
-"""The flags of ``pronk bench`` (the engine alone) and ``pronk bench serve`` (a server under load)."""
+"""The flags of ``pronk bench`` (the engine alone) and ``pronk bench serve`` (a server)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Speaks HTTP/1.1 itself: beside a server on two cores a general client would be w
 from __future__ import annotations
 
 import asyncio
+import itertools
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -83,7 +84,7 @@ class Trace:
 
     @property
     def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.chunks)]
 
     def fail(self, kind: str, detail: object = "") -> None:
         self.failure, self.detail = kind, str(detail)
@@ -111,17 +112,24 @@ async def stream(
     return trace
 
 
-async def get(target: Target, path: str) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of a small document. Raises ``OSError``, ``EOFError``, ``Broken``."""
-    async with asyncio.timeout(min(target.timeout, 30.0)):
+async def fetch(
+    target: Target, path: str, body: dict[str, Any] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers, body) of a whole answer; with a ``body`` it is posted.
+
+    Raises ``OSError`` (a timeout is one), ``EOFError``, ``Broken``.
+    """
+    payload = msgspec.json.encode(body) if body is not None else b""
+    async with asyncio.timeout(target.timeout):
         reader, writer = await target.connect()
         try:
-            writer.write(target.head("GET", path))
+            method = "GET" if body is None else "POST"
+            writer.write(target.head(method, path, len(payload)) + payload)
             status, headers = await _read_head(reader)
-            body = b"".join([piece async for piece in _pieces(reader, headers)])
+            answer = b"".join([piece async for piece in _pieces(reader, headers)])
         finally:
             writer.close()
-    return status, headers, body
+    return status, headers, answer
 
 
 async def _exchange(target: Target, path: str, payload: bytes, trace: Trace) -> None:

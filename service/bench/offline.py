@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Struct
 from rich.console import Console
 
@@ -138,6 +139,11 @@ def _measure(settings: OfflineSettings, source: Source) -> OfflineReport:
     options = engine_options(settings.engine, source)
     with console.status("loading"):
         loaded = load(options)
+    widest = max(settings.concurrency)
+    if widest > loaded.limits.max_num_seqs:
+        raise BenchProblem(
+            f"{widest} at a time are more than this engine runs: --max-num-seqs {widest}"
+        )
     with console.status("measuring the machine"):
         limits = rates.measure(str(loaded.runner.model.device))
     results = []
@@ -181,11 +187,6 @@ def _at(
     concurrency: int,
     number: int,
 ) -> OfflineResult:
-    if concurrency > loaded.limits.max_num_seqs:
-        raise BenchProblem(
-            f"{concurrency} at a time are more than this engine runs: "
-            f"--max-num-seqs {concurrency}"
-        )
     jobs = settings.workload.jobs(settings.num_prompts or concurrency, stream=number)
     scheduler = make_scheduler(options, loaded.limits, loaded.num_blocks)
     began = time.perf_counter()
@@ -268,9 +269,9 @@ def _parts(decodes: list[TimedStep]) -> Parts | None:
 
 
 HEAD = (
-    ("streams", "prefill tok/s", "decode tok/s", "ms a step", "of the limit", "out tok/s", "between")
-    + ("schedule", "prepare", "network", "collect", "update")
-)  # fmt: skip
+    *("streams", "prefill tok/s", "decode tok/s", "ms a step", "of the limit", "out tok/s"),
+    *("between", "schedule", "prepare", "network", "collect", "update"),
+)
 
 
 def show(found: OfflineReport) -> str:
@@ -289,12 +290,7 @@ def show(found: OfflineReport) -> str:
 
 def _row(result: OfflineResult) -> tuple[str, ...]:
     parts = result.decode_parts
-    shares = (
-        [parts.between_calls, parts.schedule, parts.prepare, parts.network, parts.collect]
-        + [parts.update]
-        if parts
-        else [None] * 6
-    )
+    shares = [parts.between_calls, *msgspec.structs.astuple(parts)] if parts else [None] * 6
     return (
         str(result.concurrency),
         _number(result.prefill_tokens_per_second),

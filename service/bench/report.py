@@ -91,9 +91,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 SERVE_HEAD = (
-    ("", "out tok/s", "req/s", "TTFT p50", "p90", "p99", "ITL p50", "p90", "p99")
-    + ("E2E p50", "p99", "tokens", "ok", "429", "failed")
-)  # fmt: skip
+    *("", "out tok/s", "req/s", "TTFT p50", "p90", "p99", "ITL p50", "p90", "p99"),
+    *("E2E p50", "p99", "tokens", "ok", "429", "failed"),
+)
 
 
 def serve_table(levels: Sequence[Summary]) -> str:

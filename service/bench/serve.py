@@ -15,17 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service.bench import plot, report
-from service.bench.client import Broken, Target, Trace, get, stream
-from service.bench.events import message_of
+from service.bench.client import Broken, Target, Trace, fetch, stream
+from service.bench.events import message_of, read_event
 from service.bench.load import Asking, Level, run
 from service.bench.problem import BenchProblem
 from service.bench.report import Server, ServeReport
 from service.bench.summary import Summary, summarize
-from service.bench.workload import Lengths, Workload
+from service.bench.workload import Job, Lengths, Workload
 
 WARM_UP_STREAM = 1 << 30  # no level draws its prompts from it
+UNANSWERED = (OSError, EOFError, Broken)
 SECONDS_AT_RATE = 30.0  # a rate is held so long where no number of requests is given
-SAMPLE_TOKENS = 256  # of text, to learn how many words make a token
+SAMPLE_WORDS = (8, 256)  # at least and at most, to learn how many make a token
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ServeSettings:
 
     target: Target
     levels: list[Level]
-    workload: Workload = Workload()
+    workload: Workload
     endpoint: str = "completions"
     model: str | None = None
     num_requests: int | None = None
@@ -101,8 +102,8 @@ async def _measure(settings: ServeSettings, console: Console) -> tuple[Server, l
 async def ask_server(target: Target) -> Server:
     """Raises ``BenchProblem`` where nobody answers, or the key is not good."""
     try:
-        status, headers, body = await get(target, "/v1/models")
-    except (OSError, EOFError, Broken, TimeoutError) as error:
+        status, headers, body = await fetch(target, "/v1/models")
+    except UNANSWERED as error:
         raise BenchProblem(f"no server answers at {target.root}: {error}") from None
     if status in (401, 403):
         raise BenchProblem(f"the server refuses the key: {message_of(body)} (--api-key)")
@@ -125,37 +126,48 @@ async def _version(target: Target) -> str:
     """pronk and vLLM have /version, llama.cpp says it among its properties."""
     for path, key in (("/version", "version"), ("/props", "build_info")):
         try:
-            status, _, body = await get(target, path)
+            status, _, body = await fetch(target, path)
             found = msgspec.json.decode(body) if status == 200 else {}
-        except (OSError, EOFError, Broken, TimeoutError, msgspec.DecodeError):
+        except (*UNANSWERED, msgspec.DecodeError):
             continue
         if isinstance(found, dict) and found.get(key):
             return str(found[key])
     return ""
 
 
-async def fit_words(target: Target, asking: Asking, workload: Workload) -> Workload:
+async def fit_words(
+    target: Target, asking: Asking, workload: Workload, sample: int | None = None
+) -> Workload:
     """With text prompts, as many words a token as this server's tokenizer makes of them.
 
     A chat's template adds tokens of its own, so two lengths are asked for and their difference
-    counts. A server that gives no usage leaves it at a word a token.
+    counts, the longer one of ``sample`` words. Whole answers, because some servers tell a stream
+    no usage; where there is none it stays at a word a token.
     """
     if workload.prompt_format != "text":
         return workload
+    least, most = SAMPLE_WORDS
+    sample = sample or max(3 * least, min(most, workload.input_len.high // 4))
     counts = []
-    for tokens in (16, SAMPLE_TOKENS):
-        sample = replace(
-            workload,
-            input_len=Lengths(tokens, tokens),
-            output_len=Lengths(1, 1),
-            shared_prefix=0,
-            words_per_token=1.0,
-        )
-        trace = await stream(target, asking.path, asking.body(sample.jobs(1, WARM_UP_STREAM)[0]))
-        _fail_early(trace)
-        counts.append(trace.prompt_tokens)
+    for words in (least, sample):
+        text = replace(workload, input_len=Lengths(words, words), shared_prefix=0)
+        job = replace(text, words_per_token=1.0).jobs(1, WARM_UP_STREAM)[0]
+        counts.append(await _prompt_tokens(target, asking, replace(job, output_len=1)))
     gained = counts[1] - counts[0]
-    return replace(workload, words_per_token=(SAMPLE_TOKENS - 16) / gained) if gained else workload
+    return replace(workload, words_per_token=(sample - least) / gained) if gained else workload
+
+
+async def _prompt_tokens(target: Target, asking: Asking, job: Job) -> int:
+    body = {**asking.body(job), "stream": False}
+    body.pop("stream_options", None)
+    try:
+        status, _, answer = await fetch(target, asking.path, body)
+        found = read_event(answer) if status == 200 else None
+    except (*UNANSWERED, msgspec.DecodeError) as error:
+        raise BenchProblem(f"the first request failed: {error or type(error).__name__}") from None
+    if found is None:
+        raise BenchProblem(f"the first request failed: http {status}, {message_of(answer)}")
+    return found.usage.prompt_tokens if found.usage else 0
 
 
 async def warm_up(settings: ServeSettings, asking: Asking, workload: Workload) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def run(
             num_ended, num_drawn = _count(deliveries)
             num_running -= num_ended
             schedule, launch, collect, update = (
-                after - before for before, after in zip(times, times[1:], strict=False)
+                after - before for before, after in itertools.pairwise(times)
             )
             yield TimedStep(schedule, launch, network(), collect, update, num_drawn, **shape)
 
@@ -142,7 +143,8 @@ class _EventClock:
         import torch
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            make: Any = torch.cuda.Event
+            start, end = make(enable_timing=True), make(enable_timing=True)
             start.record()
             try:
                 return forward(*args, **kwargs)

@@ -26,8 +26,8 @@ class Spread(Struct, frozen=True):
         ordered = sorted(values)
         if not ordered:
             return cls()
-        shares = (percentile(ordered, share) for share in (0.5, 0.9, 0.99))
-        return cls(sum(ordered) / len(ordered), *shares, ordered[-1])
+        p50, p90, p99 = (percentile(ordered, share) for share in (0.5, 0.9, 0.99))
+        return cls(sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
 
 
 class Summary(Struct, frozen=True):

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from service.bench.problem import BenchProblem
 
 LEAST_ID = 300  # below lie control tokens and single bytes, which some servers treat apart
-WORDS = (  # short and frequent: most tokenizers know each as one token, with its space
+_WORDS = (  # short and frequent: most tokenizers know each as one token, with its space
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work government "
     "number night point home water room mother area money story fact month lot right study book "
     "eye job word business issue side kind head house service friend father power hour game line "
     "end member law car city name team minute idea body back parent face level office door health "
     "person art war history party result change morning reason research girl guy moment air force"
-).split()
+)
+
+WORDS = _WORDS.split()
 
 
 @dataclass(frozen=True)

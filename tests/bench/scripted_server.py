@@ -99,7 +99,12 @@ def usage(tokens: int, prompt: int = 5, cached: int = 0) -> dict[str, object]:
 
 
 async def answer(call: Call) -> None:
-    """As many pieces as tokens were asked for, usage, the end."""
+    """As many pieces as tokens were asked for, usage, the end. A word of text is three tokens."""
+    if not call.body["stream"]:
+        prompt = call.body["prompt"]
+        count = 3 * len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+        await call.whole("200 OK", text("a", "length") | {"usage": usage(1, count)["usage"]})
+        return
     await call.begin()
     for _ in range(call.body["max_tokens"]):
         await call.event(text("a"))

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.bench.client import Target, Trace, get, stream
+from service.bench.client import Target, Trace, fetch, stream
 from service.bench.load import Asking
 from service.bench.problem import BenchProblem
 from service.bench.workload import Job
@@ -15,10 +15,10 @@ from tests.bench.scripted_server import Call, Talk, answer, answering, text, usa
 JOB = Job([5, 6, 7], 3)
 
 
-async def traced(talk: Talk, timeout: float = 5.0) -> Trace:
+async def traced(talk: Talk, patience: float = 5.0) -> Trace:
     asking = Asking()
     async with answering(talk) as server:
-        return await stream(Target(server.url, timeout=timeout), asking.path, asking.body(JOB))
+        return await stream(Target(server.url, timeout=patience), asking.path, asking.body(JOB))
 
 
 async def test_a_good_answer_is_timed_and_counted() -> None:
@@ -180,7 +180,7 @@ async def answers_nothing(call: Call) -> None:
     ],
 )
 async def test_each_failure_has_its_kind(talk: Talk, kind: str, detail: str) -> None:
-    trace = await traced(talk, timeout=0.3)
+    trace = await traced(talk, patience=0.3)
     assert trace.failure == kind
     assert detail in trace.detail
     assert trace.end > trace.start
@@ -193,7 +193,7 @@ async def test_nobody_listening_is_a_failed_connection() -> None:
 
 async def test_a_document_is_read_whole() -> None:
     async with answering(answer) as server:
-        status, _, body = await get(Target(server.url), "/v1/models")
+        status, _, body = await fetch(Target(server.url), "/v1/models")
     assert (status, body) == (200, b'{"data": [{"id": "scripted"}]}')
 
 

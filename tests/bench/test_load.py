@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -43,8 +44,8 @@ async def test_arrivals_wait_for_nobody_and_keep_their_times() -> None:
     assert server.most_live > 3
     # a request counts from when it was due, not from when the loop got round to it
     assert [trace.start for trace in traces] == pytest.approx(due, abs=0.05)
-    gaps = [b.start - a.start for a, b in zip(traces, traces[1:], strict=False)]
-    assert gaps == pytest.approx([b - a for a, b in zip(due, due[1:], strict=False)])
+    gaps = [b.start - a.start for a, b in itertools.pairwise(traces)]
+    assert gaps == pytest.approx([b - a for a, b in itertools.pairwise(due)])
 
 
 async def test_a_failed_request_does_not_stop_the_others() -> None:

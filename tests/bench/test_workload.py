@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from statistics import mean
 
 import pytest
@@ -69,7 +70,7 @@ def test_text_follows_the_words_a_token_takes() -> None:
 
 def test_arrivals_are_poisson_and_come_from_the_seed() -> None:
     arrivals = poisson_arrivals(4.0, 4000, seed=1)
-    gaps = [b - a for a, b in zip([0.0, *arrivals], arrivals, strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise([0.0, *arrivals])]
     assert arrivals == poisson_arrivals(4.0, 4000, seed=1)
     assert arrivals != poisson_arrivals(4.0, 4000, seed=2)
     assert arrivals == sorted(arrivals)

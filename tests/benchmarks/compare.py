@@ -31,11 +31,13 @@ from service.bench.load import Level, run
 from service.bench.problem import BenchProblem
 from service.bench.rates import Rates, describe
 from service.bench.report import milliseconds
+from service.bench.serve import fit_words
 from service.bench.summary import Summary, summarize
 from service.bench.workload import Lengths, Workload
 from tests.benchmarks.servers import Cannot, Contender, Pronk, Room, Started, Weights, find_peers
 
-LEAST_ROOM = 512  # tokens: a text's length is found out with one of 256
+LEAST_ROOM = 1024  # tokens: how many a text has is found out with one of so many words:
+SAMPLE_WORDS = 200
 STORED_BYTES = {"bf16": 2.0, "int8": 34 / 32, "int4": 18 / 32}  # a weight, with its block's scale
 
 
@@ -226,13 +228,11 @@ async def _load(
     limit: float,
     number: int,
 ) -> Summary:
-    from service.bench.serve import fit_words
-
     asking, level = contender.asking(), Level("concurrency", case.streams)
     warm = replace(workload, output_len=Lengths(2, 2), shared_prefix=0, input_len=Lengths(32, 32))
     try:
         async with asyncio.timeout(limit):
-            workload = await fit_words(started.target, asking, workload)
+            workload = await fit_words(started.target, asking, workload, SAMPLE_WORDS)
             await run(started.target, asking, level, warm.jobs(case.streams, stream=99))
         async with asyncio.timeout(limit):
             jobs = workload.jobs(case.requests, stream=number)
@@ -320,8 +320,8 @@ def _limits(shape: str, precision: str, rows: list[Comparison]) -> str:
     decode = rates.read_bytes_per_second / (count * STORED_BYTES[precision])
     prefill = rates.matrix_operations_per_second / (2 * count)
     return (
-        f"{describe(rates)[0].upper()}{describe(rates)[1:]} in this run: at most {decode:.0f} tok/s "
-        f"at one stream, about {prefill:.0f} prompt tok/s."
+        f"In this run {describe(rates)}: at most {decode:.0f} tok/s at one stream, "
+        f"about {prefill:.0f} prompt tok/s."
     )
 
 

@@ -1,6 +1,6 @@
 """Write a random checkpoint's weights as the GGUF file that llama.cpp's servers read.
 
-    python -m tests.benchmarks.gguf_checkpoint /tmp/random-135m /tmp/random-135m-q8_0.gguf --type Q8_0
+    python -m tests.benchmarks.gguf_checkpoint /tmp/random-135m /tmp/135m.gguf --type Q8_0
 
 Every matrix gets the type asked for, embedding and head too: the least bytes, so the peer's best
 speed. Norms stay float32, as llama.cpp wants them.

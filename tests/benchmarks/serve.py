@@ -34,7 +34,9 @@ def measure(name: str, folder: Path, concurrencies: list[int], tokens: int) -> N
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     workload = Workload(output_len=Lengths(tokens, tokens), vocabulary=vocabulary)
     with Pronk().running(Weights(folder), Room()) as started:
-        print(f"\n{name}: seconds from process start: accepts after {started.accepting:.1f}, ", end="")
+        print(
+            f"\n{name}: seconds from process start: accepts after {started.accepting:.1f}, ", end=""
+        )
         print(f"first token after {started.first_token:.1f}")
         print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, limit at one stream {limit:.0f} tok/s")
         load(started, Workload(output_len=Lengths(16, 16), vocabulary=vocabulary, seed=99), 2)

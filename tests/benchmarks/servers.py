@@ -183,7 +183,7 @@ while True:
 
 @dataclass(frozen=True)
 class Xllamacpp(Contender):
-    """llama.cpp's server inside the xllamacpp package, whose wheel knows no AVX-512."""
+    """llama.cpp's server inside the xllamacpp package, whose wheel has no AVX-512 code."""
 
     python: str
     name: str = "xllamacpp"
