@@ -273,28 +273,34 @@ def find_peers(python: str, llama_server: str | None) -> Found:
         found.contenders.append(LlamaServer(binary))
     else:
         found.missing["llama.cpp"] = "no llama-server on the path, and no --llama-server"
-    has = {module: _has(python, module) for module in ("xllamacpp", "llama_cpp.server", "vllm")}
-    has["transformers"] = _has(python, "transformers.cli.serve") and _has(python, "accelerate")
-    for module, contenders in {
-        "xllamacpp": [Xllamacpp(python)],
-        "llama_cpp.server": [LlamaCppPython(python)],
-        "transformers": [
-            Transformers(python),
+    installed = _installed(python)
+    peers: list[tuple[Contender, tuple[str, ...]]] = [
+        (Xllamacpp(python), ("xllamacpp",)),
+        (LlamaCppPython(python), ("llama_cpp", "starlette_context")),
+        (Transformers(python), ("transformers", "accelerate", "fastapi", "openai")),
+        (
             Transformers(python, batches=False, name="transformers, no batching"),
-        ],
-        "vllm": [Vllm(python)],
-    }.items():
-        for contender in contenders:
-            if has[module]:
-                found.contenders.append(contender)
-            else:
-                found.missing[contender.name] = f"not installed for {python}"
+            ("transformers", "accelerate", "fastapi", "openai"),
+        ),
+        (Vllm(python), ("vllm",)),
+    ]
+    for contender, needed in peers:
+        if lacking := [module for module in needed if module not in installed]:
+            found.missing[contender.name] = f"{', '.join(lacking)} not installed for {python}"
+        else:
+            found.contenders.append(contender)
     return found
 
 
-def _has(python: str, module: str) -> bool:
-    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
-    return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
+MODULES = ("xllamacpp", "llama_cpp", "starlette_context", "transformers", "accelerate", "fastapi")
+MODULES += ("openai", "vllm")
+
+
+def _installed(python: str) -> set[str]:
+    """Which of ``MODULES`` that interpreter finds; none of them is imported."""
+    code = "import importlib.util as u, sys; print(*filter(u.find_spec, sys.argv[1:]))"
+    done = subprocess.run([python, "-c", code, *MODULES], capture_output=True, check=False)
+    return set(done.stdout.decode().split())
 
 
 def free_port() -> int:
