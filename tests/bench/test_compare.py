@@ -121,6 +121,14 @@ def test_the_table_names_what_could_not_be_measured() -> None:
     assert msgspec.json.decode(msgspec.json.encode(result), type=Result) == result
 
 
+def test_where_pronk_itself_could_not_nothing_is_said_to_be_slower() -> None:
+    rounds = [Round("pronk", 0, RATES, 0.1, reason="no such flag"), ROUNDS[1]]
+    rows = [Comparison("135m", "int8", "W2: x", False, rounds)]
+    text = compare.markdown(Result("command", "date", "machine", {}, rows))
+    assert "| W2: x | pronk | no such flag |" in text
+    assert "|  | fast | 80.0 | 250 | 250 / 250 | 1000 |  |" in text
+
+
 def test_the_workloads_are_the_five_stated_ones() -> None:
     shapes = [(c.streams, c.input_len, c.output_len, c.shared_prefix) for c in CASES]
     assert shapes == [

@@ -305,7 +305,7 @@ def _table_rows(row: Comparison) -> Iterator[list[str]]:
             milliseconds(found.ttft.p50),
             f"{milliseconds(found.itl.p50)} / {milliseconds(found.itl.p99)}",
             f"{best.peak_memory / 1e6:.0f}",
-            f"**{shown}**" if server == best_peer else shown,
+            f"**{shown}**" if shown and server == best_peer else shown,
         ]
 
 

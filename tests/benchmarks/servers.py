@@ -107,7 +107,7 @@ class Contender(ABC):
     def running(self, weights: Weights, room: Room, timeout: float = 600.0) -> Iterator[Started]:
         """Started on a free port and asked once; ended when the block is left.
 
-        Raises ``Cannot`` with the last line of its log where it does not get that far.
+        Raises ``Cannot`` with the last words of its log where it does not get that far.
         """
         port = free_port()
         command = self.command(port, weights, room)
@@ -136,7 +136,7 @@ class Contender(ABC):
         prompt: list[int] | str = [300] if self.takes_ids else "time"
         trace = asyncio.run(stream(target, asking.path, asking.body(Job(prompt, 1))))
         if trace.failure:
-            raise Cannot(f"{trace.failure}: {trace.detail or last_line(log)}")
+            raise Cannot(f"{trace.failure}: {trace.detail or last_words(log)}")
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _wait(
     """Seconds from ``start`` to the first 200."""
     while time.monotonic() - start < READY_TIMEOUT:
         if process.poll() is not None:
-            raise Cannot(f"ended with code {process.returncode}: {last_line(log)}")
+            raise Cannot(f"ended with code {process.returncode}: {last_words(log)}")
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return time.monotonic() - start
@@ -330,13 +330,13 @@ def _wait(
         except OSError:
             pass
         time.sleep(0.02)
-    raise Cannot(f"not ready after {READY_TIMEOUT:.0f} s: {last_line(log)}")
+    raise Cannot(f"not ready after {READY_TIMEOUT:.0f} s: {last_words(log)}")
 
 
-def last_line(log: IO[bytes]) -> str:
+def last_words(log: IO[bytes]) -> str:
     log.seek(0)
     lines = ESCAPES.sub("", log.read().decode(errors="replace")).strip().splitlines()
-    return lines[-1].strip()[:200] if lines else "it said nothing"
+    return " ".join(line.strip() for line in lines[-2:])[:250] if lines else "it said nothing"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
