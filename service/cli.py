@@ -1,4 +1,7 @@
-"""The command ``pronk``: serve, chat, doctor, version. Torch is imported only inside a command."""
+"""The command ``pronk``: serve, chat, bench, doctor, version.
+
+Torch is imported only inside a command.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.bench.cli import app as bench
 
 app = typer.Typer(
     name="pronk",
@@ -17,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bench, name="bench")
 
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

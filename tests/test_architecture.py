@@ -79,7 +79,11 @@ def test_scheduling_is_integers_and_the_standard_library(name: str) -> None:
     assert {module.split(".")[0] for module in imports(path)} <= standard
 
 
-@pytest.mark.parametrize("module", [*TORCH_FREE, "service.api.app", "service.serve", "service.cli"])
+HTTP_PROCESS = ("service.api.app", "service.serve", "service.cli")
+LOAD_GENERATOR = ("service.bench.serve", "service.bench.plot", "service.bench.offline")
+
+
+@pytest.mark.parametrize("module", [*TORCH_FREE, *HTTP_PROCESS, *LOAD_GENERATOR])
 def test_the_http_process_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

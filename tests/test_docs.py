@@ -33,7 +33,8 @@ DOCUMENTS = [path for path in TRACKED if path.suffix == ".md"] or [Path(tree) fo
 in_a_checkout = pytest.mark.skipif(
     not TRACKED, reason="which files belong to the repository, only a git checkout tells"
 )
-FOREIGN_FLAGS = {"--build", "--build-arg"}  # docker's
+# docker's, pip's and cmake's
+FOREIGN_FLAGS = {"--build", "--build-arg", "--no-binary", "--no-deps", "--target"}
 ARGUMENT = re.compile(r"""add_argument\(\s*["'](--[\w-]+)""")
 SETTING_FLAGS = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -132,11 +133,15 @@ def test_flags_and_variables_exist(path: Path) -> None:
 
 
 def command_flags() -> set[str]:
-    """Of ``pronk chat`` and the other commands typer knows."""
-    commands = getattr(get_command(app), "commands", {})
-    return {
-        option for command in commands.values() for item in command.params for option in item.opts
-    }
+    """Of ``pronk chat`` and the other commands typer knows, those within commands too."""
+    found, commands = set(), [get_command(app)]
+    while commands:
+        command = commands.pop()
+        found |= {
+            option for item in command.params for option in [*item.opts, *item.secondary_opts]
+        }
+        commands += getattr(command, "commands", {}).values()
+    return found
 
 
 @cache

@@ -20,8 +20,8 @@ from model.batch import Batch, BatchBuilder, BatchRow
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.llama import Llama
-from tests.benchmarks.bandwidth import read_bandwidth
-from tests.benchmarks.random_checkpoint import SHAPES
+from model.random_checkpoint import SHAPES
+from service.bench.rates import read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUNDLED = ROOT / "model" / "bundled" / "weights" / "config.json"

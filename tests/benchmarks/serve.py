@@ -12,99 +12,47 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks import load, random_checkpoint
-from tests.benchmarks.bandwidth import read_bandwidth
-
-READY_TIMEOUT = 300.0
-
-
-@dataclass(frozen=True)
-class Started:
-    """A pronk on a free port; seconds from the start of its process."""
-
-    url: str
-    accepting: float  # to the first answer of /livez
-    first_token: float
-
-
-@contextmanager
-def server(model: str | None, *flags: str) -> Iterator[Started]:
-    """A pronk of its own, ended when the block is left."""
-    command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else [])]
-    command += ["--port", "0", "--no-sample", *flags]
-    start = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        url = _address(process)
-        accepting = _wait(f"{url}/livez", start)
-        _wait(f"{url}/readyz", start)
-        asyncio.run(load.request(url, {"prompt": [300], "max_tokens": 1, "stream": True}))
-        yield Started(url, accepting, time.monotonic() - start)
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def _address(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"https?://[\w.:\[\]]+", line):
-            return found.group()
-    raise SystemExit(f"the server ended with code {process.wait()}")
-
-
-def _wait(url: str, start: float) -> float:
-    """Seconds from ``start`` to the first 200."""
-    while time.monotonic() - start < READY_TIMEOUT:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return time.monotonic() - start
-        except OSError:
-            time.sleep(0.02)
-    raise SystemExit("the server did not become ready")
+from model import random_checkpoint
+from service.bench.load import Asking, Level, run
+from service.bench.rates import read_bandwidth
+from service.bench.report import serve_table
+from service.bench.summary import Summary, summarize
+from service.bench.workload import Lengths, Workload
+from tests.benchmarks.servers import Pronk, Room, Started, Weights
 
 
 def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(
-    name: str, model: str | None, folder: Path, concurrencies: list[int], tokens: int
-) -> None:
+def measure(name: str, folder: Path, concurrencies: list[int], tokens: int) -> None:
     bandwidth = read_bandwidth()
     limit = bandwidth / weight_bytes(folder)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    with server(model) as started:
-        url = started.url
+    workload = Workload(output_len=Lengths(tokens, tokens), vocabulary=vocabulary)
+    with Pronk().running(Weights(folder), Room()) as started:
         print(
-            f"\n{name}: seconds from process start: accepts after {started.accepting:.1f},", end=""
+            f"\n{name}: seconds from process start: accepts after {started.accepting:.1f}, ", end=""
         )
-        print(f" first token after {started.first_token:.1f}")
+        print(f"first token after {started.first_token:.1f}")
         print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, limit at one stream {limit:.0f} tok/s")
-        print(f"streams {load.HEADER}")
-        asyncio.run(load.run(url, load.Workload(2, 4, 64, 16, vocabulary, seed=99)))  # warm
-        for concurrency in concurrencies:
-            work = load.Workload(
-                concurrency, 3 * concurrency, 128, tokens, vocabulary, seed=concurrency
-            )
-            summary = asyncio.run(load.run(url, work))
-            share = ""
-            if concurrency == 1:
-                decode = 1 / summary.gap_p50
-                share = f"   decode {decode:.0f} tok/s: {100 * decode / limit:.0f} % of the limit"
-            print(f"{concurrency:7d} {summary.row()}{share}", flush=True)
+        load(started, Workload(output_len=Lengths(16, 16), vocabulary=vocabulary, seed=99), 2)
+        levels = [load(started, workload, concurrency) for concurrency in concurrencies]
+    print(serve_table(levels))
+    for level in levels:
+        if level.level == 1 and level.itl.p50:
+            decode = 1 / level.itl.p50
+            print(f"decode {decode:.0f} tok/s: {100 * decode / limit:.0f} % of the limit")
+
+
+def load(started: Started, workload: Workload, concurrency: int) -> Summary:
+    """Three requests a stream."""
+    level = Level("concurrency", concurrency)
+    jobs = workload.jobs(3 * concurrency, stream=concurrency)
+    return summarize(level, *asyncio.run(run(started.target, Asking(), level, jobs)))
 
 
 def main() -> None:
@@ -127,8 +75,7 @@ def main() -> None:
                 folder = bundled_model_path()
             elif not (folder / "config.json").exists():
                 random_checkpoint.write(name, folder)
-            model = None if name == "bundled" else str(folder)
-            measure(name, model, folder, options.concurrency, options.output_tokens)
+            measure(name, folder, options.concurrency, options.output_tokens)
 
 
 if __name__ == "__main__":

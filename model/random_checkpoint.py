@@ -1,9 +1,10 @@
 """Write a random-weight checkpoint of a real shape, tokenizer included, for benchmarks.
 
-    python -m tests.benchmarks.random_checkpoint 135m /tmp/random-135m
+    python -m model.random_checkpoint 135m /tmp/random-135m
 
-Shapes: ``135m`` is SmolLM2-135M's, ``1b`` Llama-3.2-1B's. The text such a model writes is noise;
-the work a server does for it is the real thing.
+Shapes: ``135m`` is SmolLM2-135M's, ``1b`` Llama-3.2-1B's, ``8b`` Llama-3.1-8B's; ``tiny`` is for
+tests of the benchmarks themselves. The text such a model writes is noise; the work a server does
+for it is the real thing. Imports torch only to draw weights.
 """
 
 from __future__ import annotations
@@ -36,6 +37,28 @@ SHAPES: dict[str, dict[str, object]] = {
         "rope_theta": 500000.0,
         "tie_word_embeddings": True,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 16384,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -57,6 +80,16 @@ def write(shape: str, folder: Path) -> None:
     write_tokenizer(int(str(config["vocab_size"])), folder)
 
 
+def num_parameters(shape: str) -> int:
+    """Of a step's reading: an embedding that is tied is the head and counts once."""
+    config = {name: value for name, value in SHAPES[shape].items() if isinstance(value, int)}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    width = hidden // config["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * config["num_key_value_heads"] * width
+    layer = attention + 3 * hidden * inner + 2 * hidden
+    return config["num_hidden_layers"] * layer + config["vocab_size"] * hidden + hidden
+
+
 def write_weights(config: dict[str, object], folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -74,6 +107,8 @@ def write_weights(config: dict[str, object], folder: Path) -> None:
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
     tensors = {"model.embed_tokens.weight": draw(int(str(config["vocab_size"])), hidden)}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = draw(int(str(config["vocab_size"])), hidden)
     tensors["model.norm.weight"] = ones.clone()
     for layer in range(int(str(config["num_hidden_layers"]))):
         prefix = f"model.layers.{layer}"
