@@ -18,7 +18,7 @@ from model.llama import Llama
 from model.logprobs import RawLogprob
 from model.penalties import PenaltyState
 from model.sampler import Draw as RawDraw
-from model.sampler import Drawn, DrawError, Sampler, SamplingRow
+from model.sampler import DrawError, Drawn, Sampler, SamplingRow
 from service.engine.capacity import Limits
 from service.engine.drafting import Drafter
 from service.engine.messages import SamplingSettings, TokenLogprob
@@ -77,9 +77,7 @@ class ModelRunner:
 
         if DecodeGraphs.can_capture(self.model):
             limits = self._limits
-            graphs = DecodeGraphs(
-                self.model, self.cache, limits.max_rows, limits.blocks_a_sequence
-            )
+            graphs = DecodeGraphs(self.model, self.cache, limits.max_rows, limits.blocks_a_sequence)
             graphs.capture()
             self._graphs = graphs
         if self.drafter is not None:

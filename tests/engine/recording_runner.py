@@ -157,9 +157,7 @@ class RecordingRunner:
         known = self._known(row.sequence)
         if not row.proposed:
             return known
-        return digests(
-            row.sequence.request.submit.namespace, row.sequence.tokens + row.proposed
-        )
+        return digests(row.sequence.request.submit.namespace, row.sequence.tokens + row.proposed)
 
     def _known(self, sequence: Sequence) -> list[int]:
         """Remembered from step to step: tokens are only ever added."""
