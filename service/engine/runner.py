@@ -128,13 +128,12 @@ class ModelRunner:
     def _speculative_result(self, row: Row, draws: list[RawDraw]) -> RowResult:
         """The draws that count. Where one went wrong only those before it, if any, are sure.
 
-        A proposed token may bring numbers that are none, which the rows before it see through the
-        mask: the row is done again without proposals, and fails then if it was to fail.
+        A proposed token may bring numbers that are none, which rows before it may see through the
+        mask: what is not sure is done again without proposals, and fails then if it was to fail.
         """
         wrong = next((i for i, draw in enumerate(draws) if draw.error is not None), None)
         if any(draw.error is DrawError.NOT_FINITE for draw in draws):
             self._cleanse(row)
-            wrong = 0
         row.gives_up |= wrong is not None
         sure = _result(draws[:wrong], []).draws
         return RowResult(agreed(row.proposed, sure))
