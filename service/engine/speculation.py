@@ -28,7 +28,7 @@ NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 BELIEF, DOUBT = 0.7, 2.0  # of one who was never tried: rate of acceptance, in so many trials
 MEMORY = 0.8  # of earlier steps when a step has told
 RECOVERY = 0.02  # of the way back to the first belief with every step that tried nothing
-WORTHWHILE = 1.05  # tokens a second against those without any guess
+WORTHWHILE = 1.1  # tokens a second against those without any guess
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,15 @@ class Speculator:
         Only where all rows decode: a step with prompts is bound by computing as it is.
         """
         room = min(room, self._limits.most_in_step)
-        if room <= 0 or not all(map(_decodes, step.rows)):
+        num_rows = len(step.rows)
+        if room <= 0 or not self._may_pay(num_rows, room, rate=1.0):
+            return
+        if not all(map(_decodes, step.rows)):
             return
         able = self._able(step.rows, max_model_len)
         if not able:
             return
-        chosen = self._choose(able, len(step.rows), room)
+        chosen = self._choose(able, num_rows, room)
         self._give(step, chosen, paging)
 
     def _able(self, rows: list[Row], max_model_len: int) -> list[Wish]:
@@ -139,7 +142,9 @@ class Speculator:
         return sequence.speculation
 
     def _choose(self, able: list[Wish], num_rows: int, room: int) -> list[tuple[Wish, int]]:
-        if not self._may_pay(able, num_rows, room):
+        most = min(room, sum(wish.most for wish in able))
+        best = max(wish.speculation.acceptance.rate for wish in able)
+        if not self._may_pay(num_rows, most, best):
             counts = [0] * len(able)
         else:
             able = [wish for wish in map(_looked_up, able) if wish is not None]
@@ -149,14 +154,13 @@ class Speculator:
                 wish.speculation.acceptance.recover()
         return [pair for pair in zip(able, counts, strict=True) if pair[1]]
 
-    def _may_pay(self, able: list[Wish], num_rows: int, room: int) -> bool:
-        """Whether any number of tokens of the most trusted sequence would; spares looking up."""
-        best = max(wish.speculation.acceptance.rate for wish in able)
-        alone = self.costs.seconds(num_rows) * WORTHWHILE / num_rows
-        total = min(room, sum(wish.most for wish in able))
-        sizes = {1 << power for power in range(total.bit_length())} | {total}
+    def _may_pay(self, num_rows: int, most: int, rate: float) -> bool:
+        """Whether any number of proposals would, were each right at this rate; spares the rest."""
+        # Seconds a token without guesses, less what has to be gained.
+        alone = self.costs.seconds(num_rows) / (num_rows * WORTHWHILE)
+        sizes = {1 << power for power in range(most.bit_length())} | {most}
         return any(
-            self.costs.seconds(num_rows + size) < alone * (num_rows + best * size) for size in sizes
+            self.costs.seconds(num_rows + size) < alone * (num_rows + rate * size) for size in sizes
         )
 
     def _best_counts(self, able: list[Wish], num_rows: int, room: int) -> list[int]:
