@@ -78,6 +78,12 @@ SHARED: dict[str, tuple[str, str]] = {
         "past it: what there is, `finish_reason: length`, `stop_reason: deadline`",
     ),
     "max_queue_ms": ("none", "the same for time spent waiting to be started"),
+    "speculation": (
+        "the server's",
+        "pronk's own, exact whatever it says: `method` is `none`, `ngram` (what stood in the text "
+        "before) or `draft` (needs `--speculative-model`), `num_tokens` how many are guessed at a "
+        "time, at most `--num-speculative-tokens`",
+    ),
     "strict": ("false", "refuse unknown fields with a 400, as `--strict-params` for all"),
     "best_of": ("n", "more than `n` is refused for now"),
     "use_beam_search": ("false", ""),

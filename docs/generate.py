@@ -74,7 +74,9 @@ ANSWERS = """
 
 Completions and chat have OpenAI's shape; `stop_reason` (the stop string, the stop id or
 `deadline`) stands beside `finish_reason` (`stop` or `length`), and
-`usage.prompt_tokens_details.cached_tokens` counts what the prefix cache spared. A stream is
+`usage.prompt_tokens_details.cached_tokens` counts what the prefix cache spared, and
+`accepted_prediction_tokens` and `rejected_prediction_tokens` of `usage.completion_tokens_details`
+what was guessed ahead and said, or in vain. A stream is
 `data: {chunk}` events: each choice ends in exactly one with a `finish_reason`, `include_usage` adds
 one with the usage and no choices, and `data: [DONE]` is the last. If the server fails after a
 stream began, `data: {"error": {...}}` stands before `[DONE]` in their place. While

@@ -67,6 +67,12 @@ class KVCache:
             for layer in self._layers:
                 layer[:, target, :, :tokens] = layer[:, source, :, :tokens]
 
+    def cleanse(self, pages: list[int]) -> None:
+        """Takes out what is no number: whoever gets the pages next masks it, with zeros."""
+        index = torch.tensor(pages, device=self._layers[0].device)
+        for layer in self._layers:
+            layer[:, index] = layer[:, index].nan_to_num(0.0, 0.0, 0.0)
+
     def close(self) -> None:
         """Gives the memory back; the cache cannot be used afterwards."""
         self._layers, self.keys, self.values = [], [], []

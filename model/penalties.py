@@ -54,6 +54,16 @@ class PenaltyState:
         self._count(tokens[self._num_tokens :])
         self._num_tokens = len(tokens)
 
+    def ahead(self, tokens: Sequence[int]) -> PenaltyState:
+        """What it would be after ``tokens``, which may never be said: a state of its own."""
+        state = PenaltyState([], count_prompt=False)
+        state._slots = self._slots.copy()
+        state._ids, state._counts = self._ids.clone(), self._counts.clone()
+        state._num_tokens = self._num_tokens
+        state._count(tokens)
+        state._num_tokens += len(tokens)
+        return state
+
     @property
     def ids(self) -> Tensor:
         """[E] int64 on the CPU: every token seen, once."""

@@ -86,6 +86,15 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         facts["max_num_seqs"],
         facts["max_num_batched_tokens"],
     )
+    if settings.num_speculative_tokens and (
+        settings.speculative_method != "none" or settings.speculative_model is not None
+    ):
+        logger.info(
+            "guesses at most %d tokens ahead: %s by default; draft model: %s",
+            settings.num_speculative_tokens,
+            settings.speculative_method,
+            facts.get("draft", "none"),
+        )
     if settings.log_content:
         logger.warning("--log-content is on: prompts and answers are written to the log")
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):

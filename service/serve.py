@@ -93,7 +93,9 @@ def find_model(reference: str | None) -> Source:
     )
 
 
-def engine_options(settings: Settings, source: Source) -> EngineOptions:
+def engine_options(
+    settings: Settings, source: Source, draft: Source | None = None
+) -> EngineOptions:
     return EngineOptions(
         model=str(source.path or ""),
         socket="",  # the supervisor makes one
@@ -111,6 +113,10 @@ def engine_options(settings: Settings, source: Source) -> EngineOptions:
         max_queued_tokens=settings.max_queued_tokens,
         threads=settings.threads,
         attention_backend=settings.attention_backend,
+        speculative_model=str(draft.path or "") if draft is not None else None,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        speculative_ngram_min=settings.speculative_ngram_min,
+        speculative_ngram_max=settings.speculative_ngram_max,
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
@@ -131,7 +137,9 @@ class Server:
         self.settings = settings
         self.source = source
         self.socket = socket
-        self.engine = EngineClient(engine_options(settings, source))
+        model = settings.speculative_model
+        self.draft = None if model is None else find_model(model)
+        self.engine = EngineClient(engine_options(settings, source, self.draft))
         names = settings.served_model_name or [source.name]
         self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
         self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
@@ -195,20 +203,26 @@ class Server:
             await presentation.sample(self.app, self.settings, self.model)
 
     async def _load(self) -> None:
-        path = self.source.path
-        if path is None:
-            self.engine.announced(State(stage="loading", reason="fetching the checkpoint"))
-            path = await asyncio.to_thread(self._download)
-            self.engine.set_model(str(path))
+        path = await self._local(self.source)
+        draft = None if self.draft is None else str(await self._local(self.draft))
+        self.engine.set_model(str(path), draft)
         await self.engine.start()
         await asyncio.to_thread(describe, self.model, path, self.settings)
 
-    def _download(self) -> Path:
+    async def _local(self, source: Source) -> Path:
+        """Where it lies on this machine, fetched first where it is a hub id."""
+        if source.path is not None:
+            return source.path
+        self.engine.announced(State(stage="loading", reason="fetching the checkpoint"))
+        return await asyncio.to_thread(self._download, source)
+
+    def _download(self, source: Source) -> Path:
         from model.checkpoint import hub
 
+        is_draft = source is self.draft  # --revision names one of the model served
         return hub.resolve(
-            self.source.reference,
-            revision=self.settings.revision,
+            source.reference,
+            revision=None if is_draft else self.settings.revision,
             download_dir=self.settings.download_dir,
             offline=self.settings.offline,
         )

@@ -134,6 +134,27 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="Threads of the engine; default: the cores")
 
+    # ---- speculative decoding
+    speculative_method: Literal["none", "ngram", "draft"] = Field(
+        "none",
+        description="Who guesses tokens ahead for requests that do not say: nobody, what stood "
+        "in their text before, or a draft model",
+    )
+    speculative_model: str | None = Field(
+        None,
+        description="The draft model, as MODEL: small, with the same vocabulary; "
+        "takes its part of the KV cache's memory",
+    )
+    num_speculative_tokens: int = Field(
+        8, ge=0, le=32, description="Tokens guessed at a time, at most; 0: no request may guess"
+    )
+    speculative_ngram_min: int = Field(
+        2, ge=1, le=8, description="Least last tokens that must have stood in the text before"
+    )
+    speculative_ngram_max: int = Field(
+        4, ge=1, le=32, description="Last tokens compared to find the best place"
+    )
+
     # ---- bounds
     max_queued_requests: int = Field(
         1024, ge=1, description="Sequences that may wait; past it: 429 with Retry-After"
@@ -213,6 +234,14 @@ class Settings(BaseSettings):
         if value != 1:
             raise ValueError("this version serves a model from one device; use 1")
         return value
+
+    @model_validator(mode="after")
+    def speculation_fits_together(self) -> Settings:
+        if self.speculative_method == "draft" and self.speculative_model is None:
+            raise ValueError("speculative_method draft needs a speculative_model")
+        if self.speculative_ngram_min > self.speculative_ngram_max:
+            raise ValueError("speculative_ngram_min must be at most speculative_ngram_max")
+        return self
 
     @model_validator(mode="after")
     def tls_needs_both(self) -> Settings:

@@ -42,6 +42,8 @@ class Answer:
     def __init__(self, job: Job, first: list[Generation], metrics: EngineMetrics) -> None:
         self.job = job
         self.num_cached = 0
+        self.num_accepted = 0  # of the tokens guessed ahead
+        self.num_rejected = 0
         self._first = first
         self._metrics = metrics
         self._num_finished = 0  # prompts
@@ -64,6 +66,11 @@ class Answer:
         if prompt is None:
             prompt = self._open[number] = self._prompt_text(number)
         event = prompt.take(output)
+        if event is not None and output.num_accepted + output.num_rejected:
+            # Those past a stop string were guessed in vain too.
+            accepted = min(output.num_accepted, event.num_tokens)
+            self.num_accepted += accepted
+            self.num_rejected += output.num_rejected + output.num_accepted - accepted
         if event is not None and event.finish_reason is not None:
             if output.finish_reason is None:
                 generation.stop(output.choice)
@@ -85,7 +92,13 @@ class Answer:
         return [whole[index] for index in sorted(whole)]
 
     def usage(self, num_generated: int) -> Usage:
-        return usage(self.job.num_prompt_tokens, num_generated, self.num_cached)
+        return usage(
+            self.job.num_prompt_tokens,
+            num_generated,
+            self.num_cached,
+            self.num_accepted,
+            self.num_rejected,
+        )
 
     def close(self, reason: str) -> None:
         """Whatever has not ended yet ended like this."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from service.api.exchange import Exchange
 from service.api.ignored import ignored_headers, refuse_unsupported
-from service.api.sampling import Sampling, check_limits
+from service.api.sampling import Sampling, check_limits, speculation
 from service.api.schemas.sampling import SamplingFields
 from service.api.server import Server
 from service.api.stream import AnswerResponse, Shape, StreamUsage
@@ -43,6 +43,7 @@ def make_sampling(
         prompt_param=prompt_param,
         budget_param=budget_param,
         seeds=server.seeds,
+        speculation=speculation(fields, server.settings),
     )
 
 

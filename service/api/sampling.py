@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from service.api.schemas.sampling import SamplingFields
+from service.api.schemas.sampling import SamplingFields, Speculation
 from service.engine.messages import SamplingSettings
 from service.errors import ContextLengthExceeded, InvalidRequest, NotSupportedYet
 
@@ -44,6 +44,28 @@ def check_limits(fields: SamplingFields, settings: Settings) -> None:
         raise _bound("prompt_logprobs", "cannot be streamed; leave out stream")
     if fields.truncate_prompt_tokens == 0:
         raise _bound("truncate_prompt_tokens", "must be at least 1, or -1 for what fits")
+    if fields.speculation is not None:
+        _check_speculation(fields.speculation, settings)
+
+
+def _check_speculation(wanted: Speculation, settings: Settings) -> None:
+    if wanted.method == "draft" and settings.speculative_model is None:
+        raise _bound(
+            "speculation.method", "this server has no draft model; use ngram, or leave it out"
+        )
+    most = settings.num_speculative_tokens
+    if wanted.num_tokens is not None and wanted.num_tokens > most:
+        raise _bound("speculation.num_tokens", f"must be at most {most} on this server")
+
+
+def speculation(fields: SamplingFields, settings: Settings) -> tuple[str, int]:
+    """Who proposes how many tokens: what the request says, else the server's default."""
+    wanted = fields.speculation or Speculation()
+    most = settings.num_speculative_tokens
+    return (
+        settings.speculative_method if wanted.method is None else wanted.method,
+        most if wanted.num_tokens is None else wanted.num_tokens,
+    )
 
 
 def _check_best_of(best_of: int, n: int) -> None:
@@ -80,6 +102,7 @@ class Sampling:
         prompt_param: str,
         budget_param: str,
         seeds: random.Random,
+        speculation: tuple[str, int] = ("none", 0),
     ) -> None:
         self.n = fields.n or 1
         self.context = model.context
@@ -90,6 +113,7 @@ class Sampling:
         self._seeds = seeds
         self._params = prompt_param, budget_param  # the fields errors name
         self._model = model
+        self._speculation = speculation
         self._base = self._read(fields, logprobs)
 
     def _read(self, fields: SamplingFields, logprobs: int | None) -> SamplingSettings:
@@ -114,6 +138,8 @@ class Sampling:
             allowed_token_ids=_distinct(fields.allowed_token_ids or ()) or None,
             bad_words=bad_word_ids(fields.bad_words or (), tokenizer),
             logprobs=logprobs,
+            speculative_method=self._speculation[0],
+            num_speculative_tokens=self._speculation[1],
         )
 
     def for_prompt(self, num_prompt: int) -> list[SamplingSettings]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.engine.options import EngineOptions
 
@@ -11,6 +11,7 @@ CPU_DEFAULTS = (64, 512)  # max_num_seqs, max_num_batched_tokens
 GPU_DEFAULTS = (256, 8192)
 MIB = 1 << 20
 LONGEST_STEP = 0.5  # seconds: commands, hang-ups and decoding neighbours wait for a step to end
+MOST_PROPOSED = 128  # in one step: many more rows than this are bound by computing anywhere
 LEAST_BUDGET = 256  # tokens; below it prompts lose more speed than the others gain
 
 
@@ -26,6 +27,12 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    max_proposed: int = 0  # tokens guessed ahead in one step, of all sequences
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of a step: a proposed token is one."""
+        return self.max_num_seqs + self.max_proposed
 
     @property
     def blocks_a_sequence(self) -> int:
@@ -42,7 +49,8 @@ def limits_wanted(options: EngineOptions, max_positions: int, is_gpu: bool) -> L
         )
     num_seqs = options.max_num_seqs or seqs
     budget = max(options.max_num_batched_tokens or batched, num_seqs)  # every sequence may decode
-    return Limits(num_seqs, budget, length, options.block_size)
+    proposed = min(options.num_speculative_tokens * num_seqs, MOST_PROPOSED)
+    return Limits(num_seqs, budget, length, options.block_size, proposed)
 
 
 def num_blocks(
@@ -85,7 +93,7 @@ def limits_that_fit(options: EngineOptions, limits: Limits, num_blocks: int) -> 
             f"max_model_len is {limits.max_model_len}, the KV cache holds {reachable} tokens: "
             f"lower it, or give the cache more memory"
         )
-    return Limits(limits.max_num_seqs, limits.max_num_batched_tokens, reachable, limits.block_size)
+    return replace(limits, max_model_len=reachable)
 
 
 def limits_that_keep_pace(options: EngineOptions, limits: Limits, tokens_a_second: float) -> Limits:
@@ -93,7 +101,7 @@ def limits_that_keep_pace(options: EngineOptions, limits: Limits, tokens_a_secon
     budget = max(LEAST_BUDGET, 2 * limits.max_num_seqs, int(LONGEST_STEP * tokens_a_second))
     if options.max_num_batched_tokens is not None or budget >= limits.max_num_batched_tokens:
         return limits
-    return Limits(limits.max_num_seqs, budget, limits.max_model_len, limits.block_size)
+    return replace(limits, max_num_batched_tokens=budget)
 
 
 def _mib(count: int) -> str:

@@ -109,9 +109,9 @@ class EngineClient:
 
     # ---- life
 
-    def set_model(self, path: str) -> None:
-        """For a model whose place is known only later (a download); before ``start``."""
-        self._supervisor.set_model(path)
+    def set_model(self, path: str, draft: str | None = None) -> None:
+        """For models whose place is known only later (a download); before ``start``."""
+        self._supervisor.set_model(path, draft)
 
     async def start(self) -> None:
         """Start the engine process and the task that watches over it."""

@@ -15,6 +15,9 @@ class Counters:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache at a request's first step
     prefix_hits: int = 0  # tokens found there
+    spec_drafts: int = 0  # rows that carried proposed tokens
+    spec_draft_tokens: int = 0  # tokens proposed
+    spec_accepted_tokens: int = 0  # of those, what the model drew too
     finished: Counter[str] = field(default_factory=Counter)  # choices by reason
     rejected: Counter[str] = field(default_factory=Counter)  # submits by error code
 
@@ -27,6 +30,9 @@ class Counters:
             "preemptions": self.preemptions,
             "prefix_queries": self.prefix_queries,
             "prefix_hits": self.prefix_hits,
+            "spec_drafts": self.spec_drafts,
+            "spec_draft_tokens": self.spec_draft_tokens,
+            "spec_accepted_tokens": self.spec_accepted_tokens,
             **{f"finished_{reason}": n for reason, n in self.finished.items()},
             **{f"rejected_{code}": n for code, n in self.rejected.items()},
         }

@@ -93,4 +93,11 @@ def merge(earlier: Output, later: Output) -> Output:
     first = {
         name: getattr(earlier, name) for name in FIRST_ONLY if getattr(earlier, name) is not None
     }
-    return replace(later, tokens=earlier.tokens, logprobs=logprobs, **first)
+    return replace(
+        later,
+        tokens=earlier.tokens,
+        logprobs=logprobs,
+        num_accepted=earlier.num_accepted + later.num_accepted,
+        num_rejected=earlier.num_rejected + later.num_rejected,
+        **first,
+    )

@@ -10,6 +10,7 @@ from operator import attrgetter
 from service.engine.counters import Counters
 from service.engine.paging import Paging
 from service.engine.sequence import Sequence, Status
+from service.engine.speculation import Speculator
 from service.engine.step import Step, make_row
 from service.engine.waiting import WaitingQueue
 
@@ -32,6 +33,8 @@ class Lineup:
         max_num_batched_tokens: int,
         counters: Counters,
         clock: Callable[[], float],
+        speculator: Speculator,
+        max_model_len: int,
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting = waiting
@@ -41,16 +44,23 @@ class Lineup:
         self._paging = paging
         self._counters = counters
         self._clock = clock
+        self._speculator = speculator
+        self._max_model_len = max_model_len
 
     @property
     def free_slots(self) -> int:
         return self.max_num_seqs - len(self.running)
 
     def fill(self, step: Step) -> None:
-        """One token for every decoding sequence, then chunks of prompts within the budget."""
+        """One token for every decoding sequence, then chunks of prompts within the budget.
+
+        What is left of it may go to guesses.
+        """
         self._fill_decodes(step)
         self._fill_prompts(step)
         step.put_single_tokens_first()
+        room = self._budget - step.num_tokens
+        self._speculator.extend(step, room, self._max_model_len, self._paging)
 
     def run_forks(self, children: Iterable[Sequence]) -> None:
         """Their tables are shared. Those beyond max_num_seqs wait, their prompt cached."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.checkpoint import load_model
+from model.checkpoint import load_config, load_model
 from model.kv_cache import KVCache, bytes_per_block
 from model.llama import Llama
+from model.tokenizer import TokenizerError, load_tokenizer
 from service.engine.capacity import (
     CPU_SHARE,
     Limits,
@@ -20,16 +21,20 @@ from service.engine.capacity import (
     limits_wanted,
     num_blocks,
 )
+from service.engine.costs import StepCosts
+from service.engine.drafting import Drafter
 from service.engine.machine import available_memory, usable_cores
 from service.engine.messages import SamplingSettings, Submit
 from service.engine.options import EngineOptions
 from service.engine.runner import ModelRunner
 from service.engine.sequence import Request, Sequence
+from service.engine.speculation import DRAFT
 from service.engine.step import Row, Step
 
 logger = logging.getLogger("pronk.engine")
 
 WARM_UP_ROWS = (1, 8, 32)
+COST_RUNS = 2  # the first of a width may compile something
 PROFILE_MARGIN = 1.05  # allocator rounding between the profiled step and real ones
 
 
@@ -54,8 +59,13 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         attention=options.attention_backend,
         progress=lambda done, total: progress(done / max(1, total)),
     )
+    draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
-    block_bytes = bytes_per_block(model.config, limits.block_size, model.dtype)
+    block_bytes = sum(
+        bytes_per_block(each.config, limits.block_size, each.dtype)
+        for each in (model, draft)
+        if each is not None
+    )
     budget, available = _memory_for_cache(options, model, limits)
     blocks = num_blocks(options, limits, block_bytes, budget, available)
     fitting = limits_that_fit(options, limits, blocks)
@@ -67,8 +77,45 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
             limits.max_model_len,
         )
     cache = KVCache(model.config, blocks, limits.block_size, model.dtype, model.device)
-    runner = ModelRunner(model, cache, fitting)
-    return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks))
+    drafter = None
+    if draft is not None:
+        pages = KVCache(draft.config, blocks, limits.block_size, draft.dtype, draft.device)
+        drafter = Drafter(draft, pages, fitting)
+    runner = ModelRunner(model, cache, fitting, drafter)
+    return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks) | _draft_facts(draft))
+
+
+def load_draft(options: EngineOptions, model: Llama) -> Llama:
+    """The draft model, beside the one it proposes for. Raises ``ValueError`` where it cannot."""
+    assert options.speculative_model is not None, "no draft model is asked for"
+    config = load_config(options.speculative_model)
+    if config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the draft model has a vocabulary of {config.vocab_size} tokens and the model one of "
+            f"{model.config.vocab_size}: speculative_model must have the same tokenizer"
+        )
+    _check_same_tokens(options.model, options.speculative_model)
+    return load_model(
+        options.speculative_model,
+        dtype=options.dtype,
+        device=model.device,
+        attention=options.attention_backend,
+    )
+
+
+def _check_same_tokens(path: str, draft_path: str) -> None:
+    """Raises ``ValueError`` where an id means something else; no tokenizer tells nothing."""
+    try:
+        tokenizer, other = load_tokenizer(path), load_tokenizer(draft_path)
+    except TokenizerError:
+        return
+    for token in range(min(tokenizer.vocab_size, other.vocab_size)):
+        if tokenizer.token_bytes(token) != other.token_bytes(token):
+            raise ValueError(
+                f"token {token} is {other.token_text(token)!r} for the draft model and "
+                f"{tokenizer.token_text(token)!r} for the model: speculative_model must have the "
+                "same tokenizer"
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -88,6 +135,37 @@ def warm_up(loaded: Loaded) -> Iterator[tuple[int, float]]:
         began = time.monotonic()
         loaded.runner.run(step)
         yield step.num_tokens, time.monotonic() - began
+
+
+def measure_costs(loaded: Loaded) -> tuple[StepCosts, StepCosts]:
+    """Of decoding steps and of the draft model's passes; unknown where nobody may guess ahead."""
+    costs, draft_costs = StepCosts(), StepCosts()
+    if loaded.limits.max_proposed:
+        widths = [rows for rows in WARM_UP_ROWS if rows <= loaded.limits.max_num_seqs]
+        costs.start([(rows, min(_seconds(loaded, rows))) for rows in widths])
+        if loaded.runner.drafter is not None:
+            draft_costs.start([(rows, min(_draft_seconds(loaded, rows))) for rows in widths])
+    return costs, draft_costs
+
+
+def _seconds(loaded: Loaded, num_rows: int) -> Iterator[float]:
+    for _ in range(COST_RUNS):
+        began = time.monotonic()
+        loaded.runner.run(_decodes(loaded, num_rows))
+        yield time.monotonic() - began
+
+
+def _draft_seconds(loaded: Loaded, num_rows: int) -> Iterator[float]:
+    for _ in range(COST_RUNS):
+        step = _decodes(loaded, num_rows)
+        for row in step.rows:
+            row.num_ahead = 1
+        yield from (seconds for _, seconds in loaded.runner.run(step).draft_passes)
+
+
+def _decodes(loaded: Loaded, num_rows: int) -> Step:
+    settings = SamplingSettings(temperature=0.0, speculative_method=DRAFT)
+    return _step([1] * num_rows, [settings] * num_rows, loaded.limits, loaded.num_blocks)
 
 
 def settle(options: EngineOptions, loaded: Loaded, steps: list[tuple[int, float]]) -> Loaded:
@@ -144,6 +222,7 @@ def _free_after_profile(options: EngineOptions, model: Llama, limits: Limits) ->
         limits.max_num_batched_tokens,
         max(limits.max_model_len, limits.max_num_batched_tokens),
         limits.block_size,
+        limits.max_proposed,
     )
     ModelRunner(model, cache, largest).run(_largest_step(largest, pages))
     torch.cuda.synchronize(model.device)
@@ -157,10 +236,10 @@ def _free_after_profile(options: EngineOptions, model: Llama, limits: Limits) ->
 
 
 def _largest_step(limits: Limits, num_blocks: int) -> Step:
-    """Every sequence samples, and together they spend the whole budget."""
-    count = limits.max_num_batched_tokens // limits.max_num_seqs
-    settings = [SamplingSettings(top_p=0.9, logprobs=20)] * limits.max_num_seqs
-    return _step([count] * limits.max_num_seqs, settings, limits, num_blocks)
+    """Every row there can be samples, and together they spend the whole budget."""
+    count = max(1, limits.max_num_batched_tokens // limits.max_rows)
+    settings = [SamplingSettings(top_p=0.9, logprobs=20)] * limits.max_rows
+    return _step([count] * limits.max_rows, settings, limits, num_blocks)
 
 
 def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
@@ -177,6 +256,12 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "max_num_batched_tokens": str(limits.max_num_batched_tokens),
         "kv_tokens": str((num_blocks - 1) * limits.block_size),
     }
+
+
+def _draft_facts(draft: Llama | None) -> dict[str, str]:
+    if draft is None:
+        return {}
+    return {"draft": f"{draft.num_parameters / 1e6:.1f}M parameters, {draft.path}"}
 
 
 def _device_name(device: torch.device) -> str:

@@ -32,6 +32,8 @@ class SamplingSettings(Struct, frozen=True, omit_defaults=True):
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logprobs: int | None = None  # 0..20; None is off, 0 is the drawn token's alone
+    speculative_method: str = "none"  # none, ngram or draft
+    num_speculative_tokens: int = 0  # proposed at a time, at most
 
 
 # ---- HTTP process -> engine process ------------------------------------------------------------
@@ -108,6 +110,8 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first output
     queue_time: float | None = None  # seconds, with the first output
     prefill_time: float | None = None
+    num_accepted: int = 0  # of ``tokens``, the first so many had been proposed
+    num_rejected: int = 0  # proposed tokens that were not said
 
 
 class Outputs(Struct, frozen=True, tag="outputs"):

@@ -6,6 +6,7 @@ from service.engine.blocks import BlockPool, PrefixMatch
 from service.engine.sequence import Sequence
 
 Copies = list[tuple[int, int, int]]  # (source block, target block, first tokens)
+SPARE = 1  # free blocks that guesses leave alone
 
 
 class Paging:
@@ -67,6 +68,18 @@ class Paging:
         copies.append((shared, block, used))
         sequence.block_table[page] = block
         self.pool.release([shared])
+
+    def reach_ahead(self, sequence: Sequence, count: int) -> int:
+        """How many tokens past its next one it can write, at most ``count``.
+
+        Into pages of its own: fresh ones only while others stay free. What follows the page of the
+        next token is never shared.
+        """
+        table, size = sequence.block_table, self.pool.block_size
+        first = sequence.num_computed + 1
+        while len(table) * size < first + count and self.pool.num_free > SPARE:
+            table.append(self.pool.allocate())
+        return min(count, len(table) * size - first)
 
     def share(self, sequence: Sequence) -> None:
         """One more holder for every page of a table just forked."""

@@ -18,11 +18,12 @@ from model.llama import Llama
 from model.logprobs import RawLogprob
 from model.penalties import PenaltyState
 from model.sampler import Draw as RawDraw
-from model.sampler import Drawn, Sampler, SamplingRow
+from model.sampler import DrawError, Drawn, Sampler, SamplingRow
 from service.engine.capacity import Limits
+from service.engine.drafting import Drafter
 from service.engine.messages import SamplingSettings, TokenLogprob
 from service.engine.sequence import Choice, Sequence, Status
-from service.engine.step import Draw, Row, RowResult, Step, StepResult
+from service.engine.step import Draw, Row, RowResult, Step, StepResult, agreed
 
 if TYPE_CHECKING:
     from model.cuda_graphs import DecodeGraphs
@@ -37,6 +38,7 @@ class Launched:
     """A step on its way. With prompt chunks the last residual stream is kept, [T, hidden]."""
 
     step: Step
+    draft_passes: list[tuple[int, float]]  # rows, seconds of each
     drawn: Drawn | None
     hidden: Tensor | None
     is_finite: Tensor | None  # [T] bool, of ``hidden``
@@ -45,13 +47,16 @@ class Launched:
 class ModelRunner:
     """Owns the network, its cache and the penalty states; knows nothing of clients or queues."""
 
-    def __init__(self, model: Llama, cache: KVCache, limits: Limits) -> None:
+    def __init__(
+        self, model: Llama, cache: KVCache, limits: Limits, drafter: Drafter | None = None
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.drafter = drafter
         self._sampler = Sampler(model.config.vocab_size, model.device)
         self._builder = BatchBuilder(
             max_tokens=limits.max_num_batched_tokens,
-            max_rows=limits.max_num_seqs,
+            max_rows=limits.max_rows,
             max_blocks=limits.blocks_a_sequence,
             block_size=limits.block_size,
             device=model.device,
@@ -72,11 +77,11 @@ class ModelRunner:
 
         if DecodeGraphs.can_capture(self.model):
             limits = self._limits
-            graphs = DecodeGraphs(
-                self.model, self.cache, limits.max_num_seqs, limits.blocks_a_sequence
-            )
+            graphs = DecodeGraphs(self.model, self.cache, limits.max_rows, limits.blocks_a_sequence)
             graphs.capture()
             self._graphs = graphs
+        if self.drafter is not None:
+            self.drafter.capture_graphs()
 
     def run(self, step: Step) -> StepResult:
         return self.collect(self.launch(step))
@@ -90,13 +95,14 @@ class ModelRunner:
         """Queue the step on the device."""
         if step.copies:
             self.cache.copy(step.copies)
-        batch = self._builder.build([_batch_row(row) for row in step.rows])
+        passes = self.drafter.propose(step, self._sampling_row) if self.drafter is not None else []
+        batch = self._builder.build([own for row in step.rows for own in _batch_rows(row)])
         has_chunks = any(row.count > 1 or not row.choices for row in step.rows)
         logits, hidden = self._forward(batch, has_chunks)
         is_finite = hidden.isfinite().all(-1) if hidden is not None else None
         rows = self._sampling_rows(step.rows)
         drawn = self._sampler.launch(logits, rows) if rows else None
-        return Launched(step, drawn, hidden, is_finite)
+        return Launched(step, passes, drawn, hidden, is_finite)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
@@ -106,26 +112,40 @@ class ModelRunner:
         results, first = [], 0
         for row in launched.step.rows:
             own = [next(draws) for _ in row.choices]
-            if is_finite is not None and not all(is_finite[first : first + row.count]):
+            if row.proposed:
+                own += [next(draws) for _ in row.proposed]
+                results.append(self._speculative_result(row, own))
+            elif is_finite is not None and not all(is_finite[first : first + row.count]):
                 results.append(RowResult(error=NOT_FINITE))
             else:
                 results.append(_result(own, self._prompt_logprobs(row, launched.hidden, first)))
             if results[-1].error is not None:
                 self._cleanse(row)
-            first += row.count
+            first += row.count + len(row.proposed)
         self._forget_finished()
-        return StepResult(results)
+        return StepResult(results, launched.draft_passes)
+
+    def _speculative_result(self, row: Row, draws: list[RawDraw]) -> RowResult:
+        """The draws that count. Where one went wrong only those before it, if any, are sure.
+
+        A proposed token may bring numbers that are none, which rows before it may see through the
+        mask: what is not sure is done again without proposals, and fails then if it was to fail.
+        """
+        wrong = next((i for i, draw in enumerate(draws) if draw.error is not None), None)
+        if any(draw.error is DrawError.NOT_FINITE for draw in draws):
+            self._cleanse(row)
+        row.gives_up |= wrong is not None
+        sure = _result(draws[:wrong], []).draws
+        return RowResult(agreed(row.proposed, sure))
 
     def _cleanse(self, row: Row) -> None:
-        """What is no number must not stay in pages: whoever gets them next masks it with zeros.
+        """What is no number must not stay in pages.
 
         Only what this step computed can hold any, and the scheduler does not offer it for sharing.
         """
         size = self.cache.block_size
-        pages = row.sequence.block_table[row.start // size : -(-row.end // size)]
-        index = torch.tensor(pages, device=self.model.device)
-        for pool in (*self.cache.keys, *self.cache.values):
-            pool[index] = pool[index].nan_to_num(0.0, 0.0, 0.0)
+        end = row.end + len(row.proposed)
+        self.cache.cleanse(row.sequence.block_table[row.start // size : -(-end // size)])
 
     def _forward(self, batch: Batch, has_chunks: bool) -> tuple[Tensor, Tensor | None]:
         """Logits of the rows that sample; with chunks the last residual stream, to be looked at."""
@@ -140,20 +160,28 @@ class ModelRunner:
         return self.model.forward(batch, self.cache)
 
     def _sampling_rows(self, rows: list[Row]) -> list[SamplingRow]:
-        sampling = [row for row in rows if row.choices]
-        return [
-            self._sampling_row(row.sequence, choice, logits_row)
-            for logits_row, row in enumerate(sampling)
-            for choice in row.choices
-        ]
+        found: list[SamplingRow] = []
+        logits_row = 0
+        for row in rows:
+            for choice in row.choices:
+                found += [
+                    self._sampling_row(row.sequence, choice, logits_row + i, row.proposed[:i])
+                    for i in range(1 + len(row.proposed))
+                ]
+            if row.choices:
+                logits_row += 1 + len(row.proposed)
+        return found
 
-    def _sampling_row(self, sequence: Sequence, choice: Choice, logits_row: int) -> SamplingRow:
+    def _sampling_row(
+        self, sequence: Sequence, choice: Choice, logits_row: int, ahead: list[int]
+    ) -> SamplingRow:
+        """How the token after the sequence's own and those ``ahead`` of them is drawn."""
         settings = choice.settings
         return SamplingRow(
             logits_row=logits_row,
             seed=settings.seed,
             choice=settings.choice,
-            position=len(sequence.tokens),
+            position=len(sequence.tokens) + len(ahead),
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
@@ -163,12 +191,14 @@ class ModelRunner:
             repetition_penalty=settings.repetition_penalty,
             logit_bias=settings.logit_bias,
             allowed=settings.allowed_token_ids,
-            banned=_banned(settings, sequence),
-            penalties=self._penalty_state(sequence, choice),
+            banned=_banned(settings, sequence, ahead),
+            penalties=self._penalty_state(sequence, choice, ahead),
             logprobs=settings.logprobs,
         )
 
-    def _penalty_state(self, sequence: Sequence, choice: Choice) -> PenaltyState | None:
+    def _penalty_state(
+        self, sequence: Sequence, choice: Choice, ahead: list[int]
+    ) -> PenaltyState | None:
         """Kept from step to step, so that a step costs what is new; None without a penalty."""
         settings = choice.settings
         repeats = settings.repetition_penalty != 1.0
@@ -181,7 +211,7 @@ class ModelRunner:
             state = PenaltyState(prompt, count_prompt=repeats)
         self._penalties[key] = (sequence, state)
         state.catch_up(sequence.tokens)
-        return state
+        return state.ahead(ahead) if ahead else state
 
     def _forget_finished(self) -> None:
         gone = [
@@ -207,23 +237,25 @@ class ModelRunner:
         return known
 
 
-def _batch_row(row: Row) -> BatchRow:
-    return BatchRow(
-        tokens=row.tokens,
-        start=row.start,
-        block_table=row.sequence.block_table,
-        num_logits=1 if row.choices else 0,  # those of prompt tokens are computed in slices
-    )
+def _batch_rows(row: Row) -> list[BatchRow]:
+    """Proposed tokens are rows of their own beside the sequence's token: plain decoding."""
+    table = row.sequence.block_table
+    # The logits of prompt tokens are computed in slices.
+    own = BatchRow(row.tokens, row.start, table, num_logits=1 if row.choices else 0)
+    return [
+        own,
+        *(BatchRow([token], row.end + i, table, 1) for i, token in enumerate(row.proposed)),
+    ]
 
 
-def _banned(settings: SamplingSettings, sequence: Sequence) -> list[int]:
+def _banned(settings: SamplingSettings, sequence: Sequence, ahead: list[int]) -> list[int]:
     """Ends below ``min_tokens``, and last tokens of bad words whose rest has just been put out."""
     banned: list[int] = []
-    if sequence.num_output < settings.min_tokens:
+    if sequence.num_output + len(ahead) < settings.min_tokens:
         banned += settings.eos_token_ids
         banned += settings.stop_token_ids
     if settings.bad_words:
-        output = sequence.tokens[sequence.num_prompt :]
+        output = sequence.tokens[sequence.num_prompt :] + ahead
         banned += [word[-1] for word in settings.bad_words if _ends_with(output, word[:-1])]
     return banned
 

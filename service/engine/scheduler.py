@@ -18,21 +18,32 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Collection
 
 from service.engine.admission import QueueBounds, RequestLimits
 from service.engine.blocks import BlockPool
+from service.engine.costs import StepCosts
 from service.engine.counters import Counters, Gauges
 from service.engine.drain_rate import DrainRate
 from service.engine.expiry import Expiries
 from service.engine.lineup import Lineup
 from service.engine.messages import DEADLINE, Output, Submit
 from service.engine.paging import Paging
-from service.engine.sequence import Ending, Request, Sequence, Status
+from service.engine.sequence import (
+    NOTHING_PROPOSED,
+    Ending,
+    Request,
+    Sequence,
+    Status,
+    Tally,
+)
+from service.engine.speculation import SpeculationLimits, Speculator
 from service.engine.step import Draw, Row, RowResult, Step, StepResult
 from service.engine.waiting import FirstComeQueue, WaitingQueue
 from service.errors import InvalidRequest, PronkError
 
 Deliveries = dict[Hashable, list[Output]]
+NO_SPECULATION = SpeculationLimits()
 
 
 class Scheduler:
@@ -47,7 +58,10 @@ class Scheduler:
         max_queued_tokens: int = 1_000_000,
         clock: Callable[[], float] = time.monotonic,
         queue: WaitingQueue | None = None,
+        speculation: SpeculationLimits = NO_SPECULATION,
+        costs: tuple[StepCosts, StepCosts] | None = None,
     ) -> None:
+        """``costs`` of steps and of the draft model's passes, where they were measured."""
         assert max_num_seqs >= 1, "nobody could run"
         assert max_num_batched_tokens >= 1, "nothing could be computed"
         self.pool = pool
@@ -57,8 +71,16 @@ class Scheduler:
         self._clock = clock
         self._paging = Paging(pool)
         self._waiting = FirstComeQueue() if queue is None else queue
+        self._speculator = Speculator(speculation, self.counters, *(costs or ()))
         self._lineup = Lineup(
-            self._paging, self._waiting, max_num_seqs, max_num_batched_tokens, self.counters, clock
+            self._paging,
+            self._waiting,
+            max_num_seqs,
+            max_num_batched_tokens,
+            self.counters,
+            clock,
+            self._speculator,
+            max_model_len,
         )
         self._limits = RequestLimits(max_model_len, pool.num_usable, pool.block_size)
         self._bounds = QueueBounds(max_queued_requests, max_queued_tokens)
@@ -68,6 +90,8 @@ class Scheduler:
         self._num_steps = 0
         self._num_ended = 0  # choices, since the rate last heard of it
         self._in_flight: Step | None = None
+        self._step_began = 0.0
+        self._last_update = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +164,7 @@ class Scheduler:
         assert step.rows, "somebody is here and nobody can run"
         self._num_steps += 1
         self._in_flight = step
+        self._step_began = self._clock()
         return step
 
     def update(self, step: Step, result: StepResult) -> Deliveries:
@@ -147,6 +172,9 @@ class Scheduler:
         assert step is self._in_flight, "not the step in flight"
         self._in_flight = None
         now = self._clock()
+        seconds = now - max(self._step_began, self._last_update)
+        self._speculator.observe(step, seconds, result.draft_passes)
+        self._last_update = now
         out: Deliveries = {}
         for row, came in zip(step.rows, result.rows, strict=True):
             self._update_row(row, came, now, out)
@@ -156,8 +184,12 @@ class Scheduler:
 
     def _update_row(self, row: Row, came: RowResult, now: float, out: Deliveries) -> None:
         sequence = row.sequence
+        if row.gives_up:
+            self._speculator.give_up(sequence)
         if sequence.status is Status.FINISHED:
             self.counters.discarded_tokens += len(came.draws)
+        elif row.proposed and not came.draws and came.error is None:
+            return  # computed in vain: the sequence is where it was
         elif came.error is not None:
             # What went wrong may lie in its pages: the next to ask the same must not find it there.
             self.pool.distrust(sequence.block_table)
@@ -182,28 +214,51 @@ class Scheduler:
         """Gives each choice its token; the prompt's row has drawn for all, who now part."""
         sequence = row.sequence
         if len(row.choices) == 1 and row.choices is sequence.choices:
-            self._extend(sequence, draws[0], now, out)
+            self._extend(sequence, draws, now, out, len(row.proposed))
+            if row.proposed:
+                self._speculator.note(row, len(draws) - 1)
             return
-        drawn = {choice.index: draw for choice, draw in zip(row.choices, draws, strict=True)}
+        drawn = {choice.index: [draw] for choice, draw in zip(row.choices, draws, strict=True)}
         children = sequence.fork()
         self._lineup.run_forks(children)  # before anyone's end: they share living pages
         for member in (sequence, *children):
             sequence.request.sequences[member.choice] = member
-            self._extend(member, drawn.pop(member.choice, None), now, out)
+            self._extend(member, drawn.pop(member.choice, []), now, out)
         self.counters.discarded_tokens += len(drawn)
 
-    def _extend(self, sequence: Sequence, draw: Draw | None, now: float, out: Deliveries) -> None:
-        if draw is None:  # max_tokens is 0: the prompt was all
+    def _extend(
+        self,
+        sequence: Sequence,
+        draws: list[Draw],
+        now: float,
+        out: Deliveries,
+        num_proposed: int = 0,
+    ) -> None:
+        """Gives it its next tokens: all but the last had been proposed, and are computed."""
+        if not draws:  # max_tokens is 0: the prompt was all
             self._finish(sequence, sequence.choice, Ending("length"), now, out)
             return
-        sequence.tokens.append(draw.token)
-        self.counters.generation_tokens += 1
-        ending = sequence.ending(self.max_model_len)
+        ending = self._append(sequence, draws[0])
+        told = draws[:1]
+        while ending is None and len(told) < len(draws):
+            sequence.num_computed += 1
+            ending = self._append(sequence, draws[len(told)])
+            told = draws[: len(told) + 1]
+        if len(told) > 1:
+            self._paging.register(sequence)
+        self.counters.discarded_tokens += len(draws) - len(told)
+        accepted = min(len(told), len(draws) - 1)
+        tally = Tally(accepted, num_proposed - accepted)
         if ending is None:
-            output = sequence.request.output(sequence.choice, now, draw)
+            output = sequence.request.output(sequence.choice, now, told, tally=tally)
             out.setdefault(sequence.request.client, []).append(output)
         else:
-            self._finish(sequence, sequence.choice, ending, now, out, draw)
+            self._finish(sequence, sequence.choice, ending, now, out, told, tally)
+
+    def _append(self, sequence: Sequence, draw: Draw) -> Ending | None:
+        sequence.tokens.append(draw.token)
+        self.counters.generation_tokens += 1
+        return sequence.ending(self.max_model_len)
 
     def _finish(
         self,
@@ -212,9 +267,10 @@ class Scheduler:
         ending: Ending,
         now: float,
         out: Deliveries,
-        draw: Draw | None = None,
+        draws: Collection[Draw] = (),
+        tally: Tally = NOTHING_PROPOSED,
     ) -> None:
-        output = sequence.request.output(choice, now, draw, ending)
+        output = sequence.request.output(choice, now, draws, ending, tally)
         out.setdefault(sequence.request.client, []).append(output)
         self._end(sequence, choice, ending.finish_reason)
 

@@ -8,12 +8,16 @@ sequences of their own. A sequence only catches up: it has tokens and a computed
 from __future__ import annotations
 
 from collections.abc import Hashable
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.prefix import GRAIN, PrefixChain, chain_root
+
+if TYPE_CHECKING:
+    from service.engine.speculation import Speculation
 
 
 class Status(Enum):
@@ -37,6 +41,16 @@ class Ending(NamedTuple):
     finish_reason: str
     stop_reason: int | str | None = None
     error: str | None = None
+
+
+class Tally(NamedTuple):
+    """What became of the tokens proposed for one output."""
+
+    accepted: int
+    rejected: int
+
+
+NOTHING_PROPOSED = Tally(0, 0)
 
 
 class Request:
@@ -88,14 +102,29 @@ class Request:
         self.prompt_logprobs += logprobs
 
     def output(
-        self, choice: int, now: float, draw: Draw | None = None, ending: Ending | None = None
+        self,
+        choice: int,
+        now: float,
+        draws: Collection[Draw] = (),
+        ending: Ending | None = None,
+        tally: Tally = NOTHING_PROPOSED,
     ) -> Output:
         """What one choice gained; the request's first output tells how its prompt fared."""
         reason, stop_reason, error = ending or (None, None, None)
-        tokens = [] if draw is None else [draw.token]
-        logprobs = None if draw is None or draw.logprob is None else [draw.logprob]
+        tokens = [draw.token for draw in draws]
+        logprobs = [draw.logprob for draw in draws if draw.logprob is not None] or None
         if self.is_answered:
-            return Output(self.submit.id, choice, tokens, logprobs, reason, stop_reason, error)
+            return Output(
+                self.submit.id,
+                choice,
+                tokens,
+                logprobs,
+                reason,
+                stop_reason,
+                error,
+                num_accepted=tally.accepted,
+                num_rejected=tally.rejected,
+            )
         self.is_answered = True
         started = self.first_scheduled
         return Output(
@@ -125,6 +154,7 @@ class Sequence:
     num_registered: int = 0  # grains told to the block pool
     block_table: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
+    speculation: Speculation | None = None  # once it was asked whether to guess ahead
 
     @classmethod
     def start(cls, request: Request, grain: int = GRAIN) -> Sequence:

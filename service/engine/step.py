@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from service.engine.messages import TokenLogprob
 from service.engine.sequence import Choice, Draw, Sequence
 
-__all__ = ["Draw", "Row", "RowResult", "Step", "StepResult", "make_row"]
+__all__ = ["Draw", "Row", "RowResult", "Step", "StepResult", "agreed", "make_row"]
 
 
 @dataclass(slots=True)
@@ -23,6 +23,10 @@ class Row:
     ``num_targets`` of those predict prompt tokens whose logprob is asked for (``targets``); the
     last one is sampled once for each of ``choices``, with ``choice.settings``, at position
     ``len(sequence.tokens)``.
+
+    A row of one token and one choice may be given ``proposed`` tokens, at most ``num_ahead``: they
+    are computed after its own, and a token is drawn after each of them as well. Prompt lookup's are
+    there from the start, a draft model's are filled in by the runner.
     """
 
     sequence: Sequence
@@ -31,6 +35,9 @@ class Row:
     num_logits: int = 0
     num_targets: int = 0
     choices: tuple[Choice, ...] = ()
+    num_ahead: int = 0
+    proposed: list[int] = field(default_factory=list)
+    gives_up: bool = False  # said by the runner: proposals do this sequence no good
 
     @property
     def end(self) -> int:
@@ -65,6 +72,11 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     num_tokens: int = 0
 
+    @property
+    def has_proposals(self) -> bool:
+        """Whether its end decides how many tokens a sequence has: the next step has to wait."""
+        return any(row.num_ahead for row in self.rows)
+
     def put_single_tokens_first(self) -> None:
         self.rows.sort(key=_is_chunk)  # stable: otherwise the order of the line
 
@@ -73,6 +85,8 @@ class Step:
 class RowResult:
     """``draws`` parallel to ``row.choices``, ``prompt_logprobs`` to ``row.targets``.
 
+    Of a row with proposals ``draws`` are those of its one choice that count (``agreed``); none at
+    all where the row came to nothing and is to be done again.
     ``error`` ends this row's sequence alone; it is what the client may be told.
     """
 
@@ -84,11 +98,25 @@ class RowResult:
 @dataclass(slots=True)
 class StepResult:
     rows: list[RowResult]
+    draft_passes: list[tuple[int, float]] = field(default_factory=list)  # rows, seconds of each
 
     @classmethod
     def failed(cls, step: Step, error: str) -> StepResult:
         """The whole step came to nothing: every sequence in it ends with this error."""
         return cls([RowResult(error=error) for _ in step.rows])
+
+
+def agreed(proposed: list[int], draws: list[Draw]) -> list[Draw]:
+    """Of the draws after a token and after each one proposed, those that are the sequence's next.
+
+    The first always is. Each next one is while the token proposed before it is the one drawn.
+    """
+    count = 1
+    for token, draw in zip(proposed, draws, strict=False):
+        if draw.token != token:
+            break
+        count += 1
+    return draws[:count]
 
 
 def make_row(sequence: Sequence, count: int) -> Row:

@@ -76,9 +76,9 @@ class Supervisor:
         """Process id of the engine, None between two of them."""
         return self._process.pid if self._process is not None else None
 
-    def set_model(self, path: str) -> None:
+    def set_model(self, path: str, draft: str | None) -> None:
         assert self._task is None, "the engine is started already"
-        self._options = replace(self._options, model=path)
+        self._options = replace(self._options, model=path, speculative_model=draft)
 
     def start(self) -> None:
         assert self._task is None, "started twice"

@@ -26,6 +26,7 @@ import msgspec
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
 from service.engine.connections import Connections
+from service.engine.costs import StepCosts
 from service.engine.lifeline import die_with_parent
 from service.engine.loop import EngineLoop
 from service.engine.messages import State
@@ -33,6 +34,7 @@ from service.engine.options import EngineOptions
 from service.engine.pulse import Pulse
 from service.engine.rates import StepRates
 from service.engine.scheduler import Scheduler
+from service.engine.speculation import SpeculationLimits
 from service.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -80,16 +82,21 @@ def read_options() -> EngineOptions:
 
 def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int:
     try:
-        loaded, rates = load_and_warm_up(options, pulse)
+        loaded, rates, costs = load_and_warm_up(options, pulse)
     except LoadFailure as failure:
         logger.error("the model could not be loaded: %s", failure)
         say_farewell(connections, pulse, str(failure))
         return LOAD_FAILED
-    scheduler = make_scheduler(options, loaded.limits, loaded.num_blocks)
+    scheduler = make_scheduler(options, loaded.limits, loaded.num_blocks, costs)
     return EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts).run()
 
 
-def make_scheduler(options: EngineOptions, limits: Limits, num_blocks: int) -> Scheduler:
+def make_scheduler(
+    options: EngineOptions,
+    limits: Limits,
+    num_blocks: int,
+    costs: tuple[StepCosts, StepCosts] | None = None,
+) -> Scheduler:
     pool = BlockPool(
         num_blocks, limits.block_size, enable_prefix_caching=options.enable_prefix_caching
     )
@@ -100,13 +107,23 @@ def make_scheduler(options: EngineOptions, limits: Limits, num_blocks: int) -> S
         max_model_len=limits.max_model_len,
         max_queued_requests=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
+        speculation=SpeculationLimits(
+            most=options.num_speculative_tokens,
+            most_in_step=limits.max_proposed,
+            has_draft=options.speculative_model is not None,
+            shortest=options.speculative_ngram_min,
+            longest=options.speculative_ngram_max,
+        ),
+        costs=costs,
     )
 
 
-def load_and_warm_up(options: EngineOptions, pulse: Pulse) -> tuple[Loaded, StepRates]:
+def load_and_warm_up(
+    options: EngineOptions, pulse: Pulse
+) -> tuple[Loaded, StepRates, tuple[StepCosts, StepCosts]]:
     """Tells of its progress; raises ``LoadFailure`` whatever went wrong."""
     with one_line_failures():
-        from service.engine.loading import load, settle, warm_up  # torch: seconds
+        from service.engine.loading import load, measure_costs, settle, warm_up  # torch: seconds
 
         rates = StepRates()
         loaded = load(options, lambda share: pulse.publish(State("loading", progress=share)))
@@ -114,10 +131,11 @@ def load_and_warm_up(options: EngineOptions, pulse: Pulse) -> tuple[Loaded, Step
         steps = list(warm_up(loaded))
         for num_tokens, seconds in steps:
             rates.observe(num_tokens, seconds)
+        costs = measure_costs(loaded)
         loaded = settle(options, loaded, steps)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no need to look at them again
-    return loaded, rates
+    return loaded, rates, costs
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ MAX_POSITIONS = 512
 NAN_TOKEN = 198  # its embedding is not a number
 
 
-def write_tiny_llama(folder: Path) -> LlamaForCausalLM:
+def write_tiny_llama(folder: Path, seed: int = 7, vocabulary: int = VOCAB) -> LlamaForCausalLM:
     """A float32 Llama with margins far above rounding; returns transformers' own network."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,

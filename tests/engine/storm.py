@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from service.engine.blocks import BlockPool
 from service.engine.messages import Output, Submit
-from service.engine.scheduler import Deliveries, Scheduler
+from service.engine.scheduler import NO_SPECULATION, Deliveries, Scheduler
 from service.engine.sequence import Status
+from service.engine.speculation import SpeculationLimits
 from service.engine.step import RowResult, Step, StepResult
 from service.errors import InvalidRequest, Overloaded
 from tests.engine.recording_runner import (
@@ -38,6 +39,8 @@ class Answer:
         is_first = not self.outputs
         assert (output.queue_time is not None) == is_first
         assert (output.cached_tokens is not None) == is_first
+        assert 0 <= output.num_accepted <= len(output.tokens)
+        assert output.num_rejected >= 0
         self.outputs.append(output)
         self.tokens[output.choice] += output.tokens
         wants_logprobs = self.submit.settings[output.choice].logprobs is not None
@@ -86,11 +89,13 @@ class Storm:
         budget: int = 16,
         max_queued_requests: int = 12,
         max_queued_tokens: int = 300,
+        speculation: SpeculationLimits = NO_SPECULATION,
     ) -> None:
         self.now = 0.0
         self.pool = pool
         self.budget = budget
         self.max_num_seqs = max_num_seqs
+        self.speculation = speculation
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=max_num_seqs,
@@ -99,6 +104,7 @@ class Storm:
             max_queued_requests=max_queued_requests,
             max_queued_tokens=max_queued_tokens,
             clock=lambda: self.now,
+            speculation=speculation,
         )
         self.runner = RecordingRunner(self.pool)
         self.answers: dict[tuple[int, int], Answer] = {}
@@ -171,7 +177,9 @@ class Storm:
             return None
         counts = [row.count for row in step.rows]
         rows = {row.sequence for row in step.rows}
-        assert sum(counts) == step.num_tokens <= self.budget
+        num_ahead = sum(row.num_ahead for row in step.rows)
+        assert sum(counts) + num_ahead == step.num_tokens <= self.budget
+        assert num_ahead <= self.speculation.most_in_step
         assert len(rows) == len(counts) <= self.max_num_seqs
         assert sorted(counts, key=lambda count: count > 1) == counts, "single tokens come first"
         assert line.running[0] in rows, "the first in line stands still"
@@ -243,3 +251,9 @@ class Storm:
         reasons["cancelled"] = sum(len(answer.cancelled) for answer in answers)
         assert +reasons == counters.finished
         assert 0 <= counters.prefix_hits <= counters.prefix_queries
+        told = [output for answer in answers for output in answer.outputs]
+        proposed = sum(output.num_accepted + output.num_rejected for output in told)
+        accepted = sum(output.num_accepted for output in told)
+        assert proposed <= counters.spec_draft_tokens, "some were for choices gone by then"
+        assert accepted <= counters.spec_accepted_tokens <= self.runner.num_accepted
+        assert counters.spec_drafts <= counters.spec_draft_tokens

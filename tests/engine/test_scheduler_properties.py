@@ -23,10 +23,12 @@ from msgspec.structs import replace
 
 from service.engine.blocks import BlockPool
 from service.engine.messages import SamplingSettings, Submit
+from service.engine.speculation import SpeculationLimits
 from tests.engine.recording_runner import END, VOCABULARY
 from tests.engine.storm import Storm
 
 PAGE, GRAIN = 8, 4
+SPECULATION = SpeculationLimits(most=8, most_in_step=24, has_draft=True)
 
 # Few stems, so that requests share prefixes of every length, in the middle of grains and pages.
 STEMS = [[5] * 60, list(range(4, 40)) * 2, [7, 8] * 30]
@@ -44,6 +46,16 @@ samplings = st.builds(
     eos_token_ids=st.sampled_from([(), (END,)]),
     stop_token_ids=st.sampled_from([(), (4, 5)]),
     logprobs=st.sampled_from([None, 0]),
+    speculative_method=st.sampled_from(["none", "ngram", "draft"]),
+    num_speculative_tokens=st.integers(0, 12),
+)
+speculations = st.builds(
+    SpeculationLimits,
+    most=st.sampled_from([0, 1, 8]),
+    most_in_step=st.sampled_from([1, 16]),
+    has_draft=st.booleans(),
+    shortest=st.integers(1, 2),
+    longest=st.integers(2, 4),
 )
 
 
@@ -55,10 +67,18 @@ class StormMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 40),
         caching=st.booleans(),
+        speculation=speculations,
     )
-    def start(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        speculation: SpeculationLimits,
+    ) -> None:
         pool = BlockPool(num_blocks, PAGE, GRAIN, enable_prefix_caching=caching)
-        self.storm = Storm(pool, max_num_seqs, budget)
+        self.storm = Storm(pool, max_num_seqs, budget, speculation=speculation)
         self.numbers = 0
 
     @rule(
@@ -124,7 +144,7 @@ test_any_order_of_events_keeps_the_books_and_the_texts = StormMachine.TestCase
 def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> None:
     dice = random.Random(seed)
     pool = BlockPool(dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0)
-    storm = Storm(pool, dice.randint(1, 8), dice.randint(1, 60), 60, 2000)
+    storm = Storm(pool, dice.randint(1, 8), dice.randint(1, 60), 60, 2000, SPECULATION)
     for number in range(60):
         while dice.random() < 0.5:
             storm.submit(
@@ -150,6 +170,8 @@ def random_submit(dice: random.Random, number: int) -> Submit:
         min_tokens=dice.choice([0, 0, 3]),
         seed=dice.randint(0, 1),
         eos_token_ids=dice.choice([(), (END,)]),
+        speculative_method=dice.choice(["none", "ngram", "draft"]),
+        num_speculative_tokens=dice.randint(1, 10),
     )
     return Submit(
         number,

@@ -11,6 +11,8 @@ class PromptTokensDetails(Struct):
 
 class CompletionTokensDetails(Struct):
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0  # guessed ahead, and said
+    rejected_prediction_tokens: int = 0  # guessed in vain
 
 
 class Usage(Struct):
@@ -30,11 +32,19 @@ class PromptLogprob(Struct):
 PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    num_accepted: int = 0,
+    num_rejected: int = 0,
+) -> Usage:
     return Usage(
         prompt_tokens,
         completion_tokens,
         prompt_tokens + completion_tokens,
         PromptTokensDetails(cached_tokens),
-        CompletionTokensDetails(),
+        CompletionTokensDetails(
+            accepted_prediction_tokens=num_accepted, rejected_prediction_tokens=num_rejected
+        ),
     )

@@ -28,6 +28,11 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool | None = None
 
 
+class Speculation(Fields):
+    method: Literal["none", "ngram", "draft"] | None = None
+    num_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
 class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Any = None
@@ -100,6 +105,7 @@ class SamplingFields(Fields):
     response_format: ResponseFormat | None = None
     deadline_ms: Annotated[int, Field(gt=0, lt=INT64)] | None = None
     max_queue_ms: Annotated[int, Field(gt=0, lt=INT64)] | None = None
+    speculation: Speculation | None = None
     strict: bool | None = None
 
     best_of: Annotated[int, Field(ge=1)] | None = None
