@@ -13,6 +13,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.kernels import MAX_HEAD_SIZE, MAX_ROWS, Kernels, PagedRows, kernel_status, load_kernels
 from model.kv_cache import KVCache
+from model.kv_format import format_name
 from model.llama import Layer, Llama
 
 
@@ -76,6 +77,9 @@ def compile_decode(model: Llama) -> tuple[CompiledDecode | None, str]:
         return None, model.attention
     if model.dtype != torch.bfloat16:
         return None, "cpu (PyTorch: the compiled kernels take bf16 weights)"
+    if model.cache_dtype != torch.bfloat16:
+        name = format_name(model.cache_dtype)
+        return None, f"cpu (PyTorch: the compiled kernels read no {name} pages)"
     if model.group.size > 1 or size % 16 or size > MAX_HEAD_SIZE:
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
     kernels = load_kernels()

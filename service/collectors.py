@@ -138,7 +138,11 @@ def _cache_config(rows: Rows) -> Metric:
     labels = [*LABELS, "block_size", "num_gpu_blocks", "cache_dtype"]
     family = GaugeMetricFamily(VLLM + "cache_config_info", "The KV cache's shape", labels=labels)
     for names, state in rows:
-        shape = [str(state.block_size), str(state.num_blocks), state.facts.get("dtype", "")]
+        shape = [
+            str(state.block_size),
+            str(state.num_blocks),
+            state.facts.get("kv_cache_dtype", ""),
+        ]
         family.add_metric([*names, *shape], 1)
     return family
 

@@ -80,9 +80,10 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         facts["torch"],
     )
     logger.info(
-        "context %s tokens; KV cache %s tokens; at most %s sequences and %s tokens a step",
+        "context %s tokens; KV cache %s tokens in %s; at most %s sequences and %s tokens a step",
         f"{model.context:,}",
         f"{int(facts['kv_tokens']):,}",
+        facts["kv_cache_dtype"],
         facts["max_num_seqs"],
         facts["max_num_batched_tokens"],
     )

@@ -123,6 +123,11 @@ class Settings(BaseSettings):
     kv_cache_memory: int | None = Field(
         None, ge=MIB, description="Bytes for the KV cache; default: from free memory"
     )
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = Field(
+        "auto",
+        description="Number format of the KV cache; auto: the model's. fp8 (e4m3) and int8 hold "
+        "about twice the tokens of bfloat16, a little less exactly",
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory pronk may use"
     )

@@ -11,6 +11,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.kv_cache import KVCache, bytes_per_block
+from model.kv_format import format_name
 from model.llama import Llama
 from service.engine.capacity import (
     CPU_SHARE,
@@ -52,10 +53,11 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         dtype=options.dtype,
         device=device,
         attention=options.attention_backend,
+        cache_dtype=options.kv_cache_dtype,
         progress=lambda done, total: progress(done / max(1, total)),
     )
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
-    block_bytes = bytes_per_block(model.config, limits.block_size, model.dtype)
+    block_bytes = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
     budget, available = _memory_for_cache(options, model, limits)
     blocks = num_blocks(options, limits, block_bytes, budget, available)
     fitting = limits_that_fit(options, limits, blocks)
@@ -66,7 +68,7 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
             fitting.max_model_len,
             limits.max_model_len,
         )
-    cache = KVCache(model.config, blocks, limits.block_size, model.dtype, model.device)
+    cache = KVCache(model.config, blocks, limits.block_size, model.cache_dtype, model.device)
     runner = ModelRunner(model, cache, fitting)
     return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks))
 
@@ -135,7 +137,7 @@ def _memory_for_cache(options: EngineOptions, model: Llama, limits: Limits) -> t
 def _free_after_profile(options: EngineOptions, model: Llama, limits: Limits) -> int:
     """What a step of the largest size leaves of the device's share that pronk may use."""
     pages = -(-limits.max_num_batched_tokens // limits.block_size) + 1
-    cache = KVCache(model.config, pages, limits.block_size, model.dtype, model.device)
+    cache = KVCache(model.config, pages, limits.block_size, model.cache_dtype, model.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
@@ -170,6 +172,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "parameters": str(model.num_parameters),
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": format_name(model.cache_dtype),
         "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),

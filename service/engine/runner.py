@@ -122,10 +122,7 @@ class ModelRunner:
         Only what this step computed can hold any, and the scheduler does not offer it for sharing.
         """
         size = self.cache.block_size
-        pages = row.sequence.block_table[row.start // size : -(-row.end // size)]
-        index = torch.tensor(pages, device=self.model.device)
-        for pool in (*self.cache.keys, *self.cache.values):
-            pool[index] = pool[index].nan_to_num(0.0, 0.0, 0.0)
+        self.cache.cleanse(row.sequence.block_table[row.start // size : -(-row.end // size)])
 
     def _forward(self, batch: Batch, has_chunks: bool) -> tuple[Tensor, Tensor | None]:
         """Logits of the rows that sample; with chunks the last residual stream, to be looked at."""

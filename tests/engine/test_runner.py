@@ -15,7 +15,7 @@ from service.engine.loading import Loaded, choose_device, load, warm_up
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.options import EngineOptions
 from service.engine.scheduler import Scheduler
-from tests.engine.checkpoints import write_tiny_llama
+from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
 BLOCK, NUM_BLOCKS, CHUNK = 32, 40, 24
 PROMPT = [(7 * i) % 150 + 3 for i in range(70)]
@@ -39,9 +39,8 @@ def network(folder: Path) -> LlamaForCausalLM:
     return write_tiny_llama(folder)
 
 
-@pytest.fixture(scope="module")
-def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
-    options = EngineOptions(
+def options(folder: Path, **fields: object) -> EngineOptions:
+    return EngineOptions(
         model=str(folder),
         socket="",
         device="cpu",
@@ -50,9 +49,14 @@ def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
         num_kv_blocks=NUM_BLOCKS,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=16,
+        **fields,  # type: ignore[arg-type]
     )
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
     heard: list[float] = []
-    loaded = load(options, heard.append)
+    loaded = load(options(folder), heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
     return loaded
@@ -150,3 +154,57 @@ def test_a_warm_up_leaves_nothing_behind(loaded: Loaded) -> None:
 def test_a_device_that_is_not_there_is_a_readable_error() -> None:
     with pytest.raises(ValueError, match="device cuda:63 is not there"):
         choose_device("cuda:63")
+
+
+# ---- quantized pages
+
+
+@pytest.fixture(scope="module", params=["fp8", "int8"])
+def quantized(request: pytest.FixtureRequest, folder: Path, network: LlamaForCausalLM) -> Loaded:
+    return load(options(folder, kv_cache_dtype=request.param), lambda _: None)
+
+
+def test_quantized_pages_give_about_the_same_logprobs(
+    quantized: Loaded, network: LlamaForCausalLM
+) -> None:
+    name = quantized.facts["kv_cache_dtype"]
+    assert quantized.facts["dtype"] == "float32"
+    assert name in quantized.facts["attention"] or "bf16" in quantized.facts["attention"]
+    submit = Submit(1, PROMPT, [greedy(max_tokens=1)], prompt_logprobs=0)
+    known = answer(quantized, submit)[1, 0][0].prompt_logprobs
+    assert known is not None
+    with torch.inference_mode():
+        expected = network(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    moved = [
+        abs(one.logprob - expected[i, PROMPT[i + 1]].item())
+        for i, one in enumerate(known[1:])
+        if one is not None
+    ]
+    # Weights so wide that nearly every logit depends on one key: bounds of such a network alone.
+    assert 0 < sum(moved) / len(moved) < {"fp8": 0.5, "int8": 0.1}[name]
+
+
+def test_quantized_answers_are_the_same_alone_together_and_from_the_prefix_cache(
+    quantized: Loaded,
+) -> None:
+    submits = [Submit(i, PROMPT[: 70 - 8 * i], [greedy()] * (1 + i % 2)) for i in range(4)]
+    together = answer(quantized, *submits, Submit(9, PROMPT, [greedy()]))
+    for submit in submits:
+        alone = answer(quantized, submit)
+        for choice in range(len(submit.settings)):
+            assert tokens(together[submit.id, choice]) == tokens(alone[submit.id, 0])
+    assert tokens(together[9, 0]) == tokens(together[0, 0])
+
+
+def test_a_row_that_is_no_number_leaves_none_in_quantized_pages(quantized: Loaded) -> None:
+    before = answer(quantized, Submit(1, PROMPT[:3], [greedy()]))[1, 0]
+    bad = [*PROMPT[:25], NAN_TOKEN, *PROMPT]
+    failed = answer(quantized, Submit(1, bad, [greedy()]))[1, 0]
+    assert failed[-1].finish_reason == "error"
+    cache = quantized.runner.cache
+    for layer in range(len(cache.keys)):
+        assert all(
+            bool(each.isfinite().all()) for each in cache.read(layer, [1, 2, 3], torch.float32)
+        )
+    after = answer(quantized, Submit(1, PROMPT[:3], [greedy()]))[1, 0]
+    assert tokens(after) == tokens(before)
