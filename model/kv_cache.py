@@ -41,13 +41,13 @@ class KVCache:
         self.num_kv_heads = group.share(config.num_kv_heads, "key heads")
         shape = (2, num_blocks, self.num_kv_heads, block_size, config.head_size)
         # Zeros, not whatever was there: what is masked must still be a number.
-        self._layers = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        self._layers = [zeros(shape, dtype, device) for _ in range(config.num_layers)]
         self.keys = [layer[0] for layer in self._layers]
         self.values = [layer[1] for layer in self._layers]
         self.scales: list[Tensor] = []
         if scale_bytes(dtype):
             self.scales = [
-                _zeros(shape[:-1], torch.float32, device) for _ in range(config.num_layers)
+                zeros(shape[:-1], torch.float32, device) for _ in range(config.num_layers)
             ]
 
     @property
@@ -115,7 +115,7 @@ def as_bytes(pages: Tensor) -> Tensor:
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Zeroed pages; on a CPU the system gives them at first use, so a large cache costs nothing."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

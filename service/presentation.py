@@ -87,6 +87,8 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         facts["max_num_seqs"],
         facts["max_num_batched_tokens"],
     )
+    if int(facts.get("host_tokens", 0)):
+        logger.info("host memory keeps %s tokens more", f"{int(facts['host_tokens']):,}")
     if settings.log_content:
         logger.warning("--log-content is on: prompts and answers are written to the log")
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from model.checkpoint import load_model
+from model.host_cache import STAGED, HostCache
 from model.kv_cache import KVCache, bytes_per_block
 from model.kv_format import format_name
 from model.llama import Llama
@@ -20,6 +21,7 @@ from service.engine.capacity import (
     limits_that_keep_pace,
     limits_wanted,
     num_blocks,
+    num_host_slots,
 )
 from service.engine.machine import available_memory, usable_cores
 from service.engine.messages import SamplingSettings, Submit
@@ -42,6 +44,7 @@ class Loaded:
     limits: Limits
     num_blocks: int
     facts: dict[str, str]
+    num_host_slots: int = 0  # pages kept in host memory
 
 
 def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
@@ -69,8 +72,21 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
             limits.max_model_len,
         )
     cache = KVCache(model.config, blocks, limits.block_size, model.cache_dtype, model.device)
-    runner = ModelRunner(model, cache, fitting)
-    return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks))
+    host = _host_cache(options, cache, block_bytes, blocks)
+    runner = ModelRunner(model, cache, fitting, host)
+    slots = 0 if host is None else host.num_slots
+    facts = _facts(model, fitting, blocks)
+    facts["host_tokens"] = str(slots * limits.block_size)
+    return Loaded(runner, fitting, blocks, facts, slots)
+
+
+def _host_cache(
+    options: EngineOptions, cache: KVCache, block_bytes: int, num_blocks: int
+) -> HostCache | None:
+    """What the KV cache may still come to take of the same memory is not available to it."""
+    own = 0 if cache.keys[0].is_cuda else num_blocks * block_bytes
+    slots = num_host_slots(options, block_bytes, available_memory() - own)
+    return HostCache(cache, slots) if slots else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,6 +145,9 @@ def _memory_for_cache(options: EngineOptions, model: Llama, limits: Limits) -> t
     """(bytes the cache gets by default, bytes it could have at all)."""
     if model.device.type == "cuda":
         free = _free_after_profile(options, model, limits)
+        if options.host_cache_memory:
+            page = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
+            free = max(0, free - 2 * STAGED * page)
         return free, free
     available = available_memory()
     return int(available * CPU_SHARE), available

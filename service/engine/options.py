@@ -19,6 +19,7 @@ class EngineOptions(Struct, frozen=True):
     num_kv_blocks: int | None = None  # None: from memory
     kv_cache_memory: int | None = None  # bytes; None: from free memory
     kv_cache_dtype: str = "auto"  # auto, bfloat16, float16, float32, fp8, int8
+    host_cache_memory: int = 0  # bytes for pages evicted from the KV cache; 0: none are kept
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024  # sequences

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from model.host_cache import HostCache
 from service.engine import runner as runner_module
 from service.engine.blocks import BlockPool
+from service.engine.host_slots import HostSlots
 from service.engine.loading import Loaded, choose_device, load, warm_up
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.options import EngineOptions
@@ -62,15 +65,11 @@ def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
     return loaded
 
 
-def answer(loaded: Loaded, *submits: Submit) -> dict[tuple[int, int], list[Output]]:
-    """Every output by (request, choice), with a scheduler and a pool of its own."""
-    limits = loaded.limits
-    scheduler = Scheduler(
-        BlockPool(loaded.num_blocks, limits.block_size),
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-    )
+def answer(
+    loaded: Loaded, *submits: Submit, scheduler: Scheduler | None = None
+) -> dict[tuple[int, int], list[Output]]:
+    """Every output by (request, choice); by default with a scheduler and a pool of its own."""
+    scheduler = scheduler or scheduler_of(loaded)
     answers: dict[tuple[int, int], list[Output]] = {}
     for submit in submits:
         scheduler.add(submit)
@@ -79,6 +78,16 @@ def answer(loaded: Loaded, *submits: Submit) -> dict[tuple[int, int], list[Outpu
             for output in outputs:
                 answers.setdefault((output.id, output.choice), []).append(output)
     return answers
+
+
+def scheduler_of(loaded: Loaded) -> Scheduler:
+    limits, host = loaded.limits, HostSlots(loaded.num_host_slots)
+    return Scheduler(
+        BlockPool(loaded.num_blocks, limits.block_size, host=host),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+    )
 
 
 def tokens(outputs: list[Output]) -> list[int]:
@@ -208,3 +217,41 @@ def test_a_row_that_is_no_number_leaves_none_in_quantized_pages(quantized: Loade
         )
     after = answer(quantized, Submit(1, PROMPT[:3], [greedy()]))[1, 0]
     assert tokens(after) == tokens(before)
+
+
+# ---- host memory
+
+
+@pytest.mark.parametrize("staged", [None, 2])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
+def test_a_prompt_from_host_memory_is_continued_as_before(
+    folder: Path, network: LlamaForCausalLM, kv_cache_dtype: str, staged: int | None
+) -> None:
+    """Seven pages for prompts of three: each makes room for the next, and comes back."""
+    wanted = options(folder, kv_cache_dtype=kv_cache_dtype, host_cache_memory=1 << 20)
+    cramped = msgspec.structs.replace(wanted, num_kv_blocks=8, max_model_len=200)
+    loaded = load(cramped, lambda _: None)
+    assert loaded.num_host_slots > 20
+    if staged:  # the way pages take on CUDA
+        loaded.runner.host = HostCache(loaded.runner.cache, loaded.num_host_slots, staged)
+    scheduler = scheduler_of(loaded)
+    prompts = [[(7 * i + shift) % 150 + 3 for i in range(90)] for shift in range(0, 40, 8)]
+    first, again = (
+        [
+            answer(loaded, Submit(i, prompt, [greedy(logprobs=0)]), scheduler=scheduler)[i, 0]
+            for i, prompt in enumerate(prompts)
+        ]
+        for _ in range(2)
+    )
+    assert [outputs[0].cached_tokens for outputs in first] == [0] * 5
+    assert all((outputs[0].cached_tokens or 0) >= 64 for outputs in again)
+    assert [tokens(outputs) for outputs in again] == [tokens(outputs) for outputs in first]
+    for one, other in zip(first, again, strict=True):
+        known, found = (each[0].logprobs for each in (one, other))
+        assert known is not None
+        assert found is not None
+        assert found[0].logprob == pytest.approx(known[0].logprob, abs=1e-4)
+    counters = scheduler.counters
+    assert counters.host_hits >= 4 * 64
+    assert counters.host_loads >= 8
+    scheduler.pool.check()
