@@ -156,7 +156,8 @@ class Storm:
 
     def launch_in_vain(self) -> None:
         """The next step's launch raises: nothing of it was done."""
-        self.raises = self.flight is None and self.scheduler.has_work
+        self.collect()
+        self.raises = self.scheduler.has_work
         self.launch()
 
     def run(self, num_steps: int) -> None:

@@ -187,6 +187,35 @@ def test_a_prompt_that_had_to_make_room_is_loaded_instead_of_computed() -> None:
     assert counters.host_stores >= 8
 
 
+def test_what_was_loaded_is_shared_from_then_on() -> None:
+    storm = a_storm(num_blocks=5, slots=8)
+    answered(storm, 1, FIRST)
+    answered(storm, 2, OTHER)
+    answered(storm, 3, FIRST)
+    step, cached = answered(storm, 4, FIRST)
+    assert (cached, step.loads) == (26, [])
+
+
+def test_a_page_may_be_copied_from_and_loaded_into_in_one_step() -> None:
+    """So copies come before loads."""
+    storm = a_storm(num_blocks=3, slots=8)
+    loaded, copied = list(range(8)), [50, 51, 52, 53]
+    settings = [SamplingSettings(max_tokens=1)]
+    for number, prompt in enumerate([loaded, list(range(20, 36)), copied]):
+        storm.submit(Submit(number, prompt, settings))
+        storm.end()
+    storm.submit(Submit(3, [*copied, 60], settings))
+    storm.submit(Submit(4, loaded, settings))
+    storm.launch()
+    assert storm.flight is not None
+    step = storm.flight[0]
+    ((source, _, kept),) = step.copies
+    ((_, target, found),) = step.loads
+    assert source == target
+    assert (kept, found) == (4, 7)
+    storm.end()
+
+
 def test_without_slots_it_is_computed_again() -> None:
     storm = a_storm(num_blocks=5, slots=0)
     answered(storm, 1, FIRST)

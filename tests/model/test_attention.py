@@ -192,7 +192,7 @@ def test_pages_in_other_formats_give_what_their_numbers_give(name: str, seed: in
 def test_quantized_pages_are_widened_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages side by side too: never more of the pool at once than stays in the cache."""
     monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 20_000)  # three pages
-    rows = [BatchRow([1], 16 * 20 - 3, list(range(1, 21)), 1), BatchRow([1], 9, [25], 1)]
+    rows = [BatchRow([1], 16 * 20 - 3, list(range(1, 21)), 1), BatchRow([1], 9, [21], 1)]
     stored = case(rows, 16, num_pages=30, kv_heads=3).stored_as(name)
     largest: list[int] = []
     unscaled = Pages.unscaled
