@@ -9,6 +9,7 @@ CUDA's (model/attention_cuda.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from model.attention_cpu import cpu_attention
 from model.batch import Batch
 from model.kv_cache import KVCache
+from model.kv_format import Pages, format_name, layer_pages
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "sdpa", "triton", "varlen")
 
@@ -27,30 +31,46 @@ class UnknownBackend(ValueError):
 
 
 def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_size: int = 64
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head_size: int = 64,
+    cache_dtype: torch.dtype | None = None,
 ) -> str:
-    """The backend a name stands for on a device. Raises UnknownBackend with the reason."""
+    """The backend a name stands for on a device. Raises UnknownBackend with the reason.
+
+    ``varlen`` reads pages of the model's own dtype alone; other caches go to ``triton``, or where
+    that is not to be had to ``sdpa``.
+    """
     if name not in BACKENDS:
         raise UnknownBackend(f"attention backend {name!r}: one of {', '.join(BACKENDS)} is meant")
+    pages = cache_dtype or dtype
     if name in ("triton", "varlen"):
-        _check_cuda_backend(name, device)
+        _check_cuda_backend(name, device, pages)
     if name == "cpu" and device.type != "cpu":
         raise UnknownBackend(f"attention backend 'cpu' cannot run on {device}")
+    if name == "varlen" and pages != dtype:
+        found = choose_backend("auto", device, dtype, head_size, pages)
+        log.warning(
+            "attention backend 'varlen' reads no %s pages in a %s model: %s is used",
+            *(format_name(pages), format_name(dtype), found),
+        )
+        return found
     if name != "auto":
         return name
     if device.type == "cuda":
         from model.attention_cuda import triton_available
 
-        return "triton" if triton_available() else "sdpa"
+        return "triton" if triton_available(pages) else "sdpa"
     return "cpu" if device.type == "cpu" else "sdpa"
 
 
-def _check_cuda_backend(name: str, device: torch.device) -> None:
+def _check_cuda_backend(name: str, device: torch.device, pages: torch.dtype) -> None:
     from model.attention_cuda import triton_available, varlen_available
 
     if device.type != "cuda":
         raise UnknownBackend(f"attention backend {name!r} needs a CUDA device, this is {device}")
-    if not (triton_available() if name == "triton" else varlen_available()):
+    if not (triton_available(pages) if name == "triton" else varlen_available()):
         raise UnknownBackend(f"attention backend {name!r} is not available on this machine")
 
 
@@ -65,29 +85,36 @@ def attention(
     backend: str,
 ) -> Tensor:
     """[T, H, D] -> [T, H, D]: each token sees its row's keys up to its own, ``window`` of them."""
-    keys, values = cache.keys[layer], cache.values[layer]
+    keys, values, scales = cache.keys[layer], cache.values[layer], cache.scales_of(layer)
     if backend == "reference":
-        return reference(q, keys, values, batch, scale, window)
+        return reference(q, keys, values, batch, scale, window, scales)
     if backend == "cpu":
-        return cpu_attention(q, keys, values, batch, scale, window)
+        return cpu_attention(q, keys, values, batch, scale, window, scales)
     if backend in ("triton", "varlen"):
         from model.attention_cuda import paged_attention
 
-        return paged_attention(q, keys, values, batch, scale, window, backend)
-    return gathered(q, keys, values, batch, scale, window)
+        return paged_attention(q, keys, values, batch, scale, window, backend, scales)
+    return gathered(q, keys, values, batch, scale, window, scales)
 
 
 def reference(
-    q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Row by row, token by token's mask, softmax in float32."""
     out = torch.empty_like(q)
+    of_keys, of_values = layer_pages(keys, values, scales, torch.float32)
     start = 0
     for length, context, pages in _rows(batch):
         own = slice(start, start + length)
-        k, v = row_keys(keys, pages, context), row_keys(values, pages, context)  # K, context, D
+        k, v = row_keys(of_keys, pages, context), row_keys(of_values, pages, context)
         group = q.size(1) // k.size(0)
-        k, v = k.float().repeat_interleave(group, 0), v.float().repeat_interleave(group, 0)
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # H, context, D
         scores = q[own].float().transpose(0, 1) @ k.transpose(1, 2) * scale
         scores = scores.masked_fill(~visible(length, context, window, q.device), float("-inf"))
         out[own] = (scores.softmax(-1) @ v).transpose(0, 1).to(q.dtype)
@@ -96,14 +123,21 @@ def reference(
 
 
 def gathered(
-    q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Row by row over a copy of its pages; the queries that share a key head are one product."""
     out = torch.empty_like(q)
+    of_keys, of_values = layer_pages(keys, values, scales, q.dtype)
     start = 0
     for length, context, pages in _rows(batch):
         own = slice(start, start + length)
-        k, v = row_keys(keys, pages, context), row_keys(values, pages, context)
+        k, v = row_keys(of_keys, pages, context), row_keys(of_values, pages, context)
         heads, group, size = k.size(0), q.size(1) // k.size(0), q.size(2)
         folded = q[own].view(length, heads, group, size).permute(1, 2, 0, 3)
         folded = folded.reshape(1, heads, group * length, size)
@@ -122,9 +156,9 @@ def _rows(batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
         yield length, context, batch.block_tables[row, : -(-context // batch.block_size)]
 
 
-def row_keys(pages: Tensor, table: Tensor, context: int) -> Tensor:
+def row_keys(pages: Pages, table: Tensor, context: int) -> Tensor:
     """[N, K, P, D] -> [K, context, D]: one row's keys or values, in order."""
-    return pages.index_select(0, table).transpose(0, 1).flatten(1, 2)[:, :context]
+    return pages.read(table).transpose(0, 1).flatten(1, 2)[:, :context]
 
 
 def visible(length: int, context: int, window: int | None, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.attention_decode import decode
 from model.batch import Batch
+from model.kv_format import Pages, layer_pages
 
 _TILE = 128  # queries
 _SCORES = 1 << 20  # numbers: 2 MB of bfloat16
@@ -25,20 +26,27 @@ _KEY_STEP = 64  # a tile's keys are rounded up to it: fewer shapes for oneDNN to
 
 
 def cpu_attention(
-    q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """[T, H, D] over pages [all, K, P, D] -> [T, H, D]."""
+    """[T, H, D] over pages [all, K, P, D] -> [T, H, D]. ``scales`` [2, all, K, P] of int8 ones."""
+    of_keys, of_values = layer_pages(keys, values, scales, q.dtype)
     decodes = batch.num_decodes
     if decodes == len(batch.contexts):
-        return decode(q, keys, values, batch, scale, window)
+        return decode(q, of_keys, of_values, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype)
     if decodes:
-        out[:decodes] = decode(q[:decodes], keys, values, batch, scale, window)
+        out[:decodes] = decode(q[:decodes], of_keys, of_values, batch, scale, window)
     start = decodes
     for row in range(decodes, len(batch.contexts)):
         end = start + batch.query_lengths[row]
-        chunk = _chunk_plan(batch, row, keys, window)
-        _attend_chunk(q[start:end], keys, values, chunk, scale, out[start:end])
+        chunk = _chunk_plan(batch, row, of_keys, window)
+        _attend_chunk(q[start:end], of_keys, of_values, chunk, scale, out[start:end])
         start = end
     return out
 
@@ -60,25 +68,26 @@ class ChunkPlan:
     pages: Tensor  # the pages with keys that are seen
     tiles: list[Tile]
 
-    def gather(self, pool: Tensor) -> Tensor:
+    def gather(self, pool: Pages) -> Tensor:
         """[all, h, P, D] -> [h, keys, D]; a lone page is read where it lies."""
         if len(self.pages) == 1:
-            return pool[int(self.pages)]
-        return pool.index_select(0, self.pages).transpose(0, 1).flatten(1, 2)
+            page = int(self.pages)
+            return pool.read(slice(page, page + 1))[0]
+        return pool.read(self.pages).transpose(0, 1).flatten(1, 2)
 
 
 def _attend_chunk(
-    q: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan, scale: float, out: Tensor
+    q: Tensor, keys: Pages, values: Pages, plan: ChunkPlan, scale: float, out: Tensor
 ) -> None:
     """[n, H, D] -> [n, H, D], tile by tile; as many key heads at once as the cache holds."""
-    heads, width = keys.size(1), q.size(2)
+    heads, width = keys.num_heads, q.size(2)
     folded = (q.view(len(q), heads, -1, width) * scale).permute(1, 2, 0, 3).contiguous()  # K G n D
     mixed = out.view(len(q), heads, -1, width)
     largest = max(tile.mask.size(0) * (tile.last_key - tile.first_key) for tile in plan.tiles)
     at_once = max(1, _SCORES // (folded.size(1) * largest))
     for first in range(0, heads, at_once):
         some = slice(first, first + at_once)
-        own_keys, own_values = plan.gather(keys[:, some]), plan.gather(values[:, some])
+        own_keys, own_values = plan.gather(keys.heads(some)), plan.gather(values.heads(some))
         for tile in plan.tiles:
             seen, asking = slice(tile.first_key, tile.last_key), slice(tile.start, tile.end)
             mixed[asking, some] = _attend_tile(
@@ -94,7 +103,7 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, tile: Tile) -> Tensor:
     return torch.bmm(shares, values).view(q.shape)
 
 
-def _chunk_plan(batch: Batch, row: int, pool: Tensor, window: int | None) -> ChunkPlan:
+def _chunk_plan(batch: Batch, row: int, pool: Pages, window: int | None) -> ChunkPlan:
     key = (ChunkPlan, row, window)
     plan: ChunkPlan | None = batch.prepared.get(key)
     if plan is None:
@@ -105,9 +114,9 @@ def _chunk_plan(batch: Batch, row: int, pool: Tensor, window: int | None) -> Chu
 
 
 def make_chunk_plan(
-    length: int, context: int, table: list[int], pool: Tensor, window: int | None
+    length: int, context: int, table: list[int], pool: Pages, window: int | None
 ) -> ChunkPlan:
-    size, history = pool.size(2), context - length
+    size, history = pool.size, context - length
     oldest = 0 if window is None else max(0, history - window + 1)
     skipped = oldest // size  # pages no query sees
     pages = table[skipped:]

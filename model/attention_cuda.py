@@ -25,8 +25,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from model.batch import Batch
 
-# (q, k_pages, v_pages, batch, scale, window) -> [T, H, D]
-Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Batch, float, int | None], Tensor]"
+# (q, k_pages, v_pages, batch, scale, window), and for int8 pages their scales -> [T, H, D]
+Attend: TypeAlias = "Callable[..., Tensor]"
 
 _FLASH_PAGE = 256  # the bundled FlashAttention 2 wants pages of a multiple of this
 _FLASH_HEAD = 256
@@ -44,23 +44,24 @@ def paged_attention(
     scale: float,
     window: int | None,
     backend: str = "triton",
+    scales: Tensor | None = None,
 ) -> Tensor:
     """[T, H, D] -> [T, H, D], causal; this step's keys are in the pages already.
 
     ``window`` w lets a query see the w last keys up to its own; None is all of them. ``backend`` is
-    "triton" or "varlen".
+    "triton" or "varlen". ``scales`` [2, N, K, P] float32 belong to int8 pages.
     """
     assert backend in ("triton", "varlen"), backend
     attend = varlen_attention if backend == "varlen" else triton_attention
-    return attend(q, k_pages, v_pages, batch, scale, window)
+    return attend(q, k_pages, v_pages, batch, scale, window, scales)
 
 
 @cache
-def triton_available() -> bool:
-    """Triton is installed, and its kernels run on the device and compute rightly."""
+def triton_available(cache_dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Triton is installed, and its kernels run on the device and read such pages rightly."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
-    return _is_right(triton_attention, "triton")
+    return _is_right(triton_attention, "triton", cache_dtype)
 
 
 @cache
@@ -91,13 +92,19 @@ def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
 
 
 def triton_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Split-KV decode for the leading rows of one token, chunk prefill for the others."""
     from model import attention_triton
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _decode(q, k_pages, v_pages, batch, scale, window, out)
+    _decode(q, k_pages, v_pages, batch, scale, window, out, scales)
     first = batch.num_decodes
     if first < len(batch.query_lengths):
         attention_triton.prefill(
@@ -111,20 +118,27 @@ def triton_attention(
             scale,
             window,
             out,
+            scales,
         )
     return out
 
 
 def varlen_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Flash attention for the chunks of prompts, and for decodes where Triton is not.
 
     Decoding rows go to our split-KV kernel where it runs: paged flash attention may not split a
     long context, and few rows would leave most of the device idle.
     """
-    if not varlen_fits(q.dtype, q.size(2), k_pages.size(2)):
-        return _without_flash(q, k_pages, v_pages, batch, scale, window)
+    if k_pages.dtype != q.dtype or not varlen_fits(q.dtype, q.size(2), k_pages.size(2)):
+        return _without_flash(q, k_pages, v_pages, batch, scale, window, scales)
     if batch.num_decodes == 0 or not triton_available():
         return _whole_flash(q, k_pages, v_pages, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -146,13 +160,19 @@ def varlen_attention(
 
 
 def _without_flash(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     if triton_available():
-        return triton_attention(q, k_pages, v_pages, batch, scale, window)
+        return triton_attention(q, k_pages, v_pages, batch, scale, window, scales)
     from model.attention import gathered
 
-    return gathered(q, k_pages, v_pages, batch, scale, window)
+    return gathered(q, k_pages, v_pages, batch, scale, window, scales)
 
 
 def _decode(
@@ -163,6 +183,7 @@ def _decode(
     scale: float,
     window: int | None,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """The leading rows of one token, into the leading rows of ``out``."""
     from model import attention_triton
@@ -170,7 +191,7 @@ def _decode(
     if rows := batch.num_decodes:
         tables, contexts = batch.block_tables[:rows], batch.context_lengths[:rows]
         attention_triton.decode(
-            q[:rows], k_pages, v_pages, tables, contexts, scale, window, out[:rows]
+            q[:rows], k_pages, v_pages, tables, contexts, scale, window, out[:rows], scales
         )
 
 
@@ -215,10 +236,10 @@ def _flash(
     return out
 
 
-def _is_right(attend: Attend, name: str) -> bool:
+def _is_right(attend: Attend, name: str, cache_dtype: torch.dtype = torch.bfloat16) -> bool:
     """A decode beside a chunk with history, pages in disorder, against plain float32."""
     try:
-        error = _largest_error(attend)
+        error = _largest_error(attend, cache_dtype)
     except Exception as failure:  # what compilers and drivers raise is not ours to list
         log.warning("%s attention does not run on this device: %s", name, failure)
         return False
@@ -228,15 +249,19 @@ def _is_right(attend: Attend, name: str) -> bool:
     return True
 
 
-def _largest_error(attend: Attend) -> float:
+def _largest_error(attend: Attend, cache_dtype: torch.dtype) -> float:
     from model.batch import BatchBuilder, BatchRow
+    from model.kv_format import dequantize, quantize
 
     generator = torch.Generator().manual_seed(0)
     pages = torch.randn(2, 6, 2, _FLASH_PAGE, 64, generator=generator).to("cuda", torch.bfloat16)
     q = torch.randn(6, 4, 64, generator=generator).to("cuda", torch.bfloat16)
     rows = [BatchRow([0], 299, [4, 1], 1), BatchRow([0] * 5, 254, [2, 5], 1)]
     batch = BatchBuilder(8, 2, 2, _FLASH_PAGE, "cuda").build(rows)
-    out = attend(q, pages[0], pages[1], batch, 0.125, None)
+    stored, scales = quantize(pages, cache_dtype)
+    beside = () if scales is None else (scales,)
+    out = attend(q, *stored.unbind(), batch, 0.125, None, *beside)
+    pages = dequantize(stored, scales, torch.float32)
     expected = [
         _plain(own, pages[:, row.block_table].transpose(1, 2).flatten(2, 3), row.start)
         for own, row in zip((q[:1], q[1:]), rows, strict=True)

@@ -1,8 +1,10 @@
 """Decoding rows on processors: the pages they hold are the batch of one matrix product.
 
 Whatever rows the pages belong to and in whatever order: those that lie side by side in the pool are
-read in place, scattered ones gathered. The queries of a page's holders (several rows may share one)
-are rows of its product. What the pages give is merged per row by the log of its sums.
+read in place, scattered ones gathered. Quantized ones are widened block by block; their scales
+multiply scores and shares, which are fewer than keys and values. The queries of a page's holders
+(several rows may share one) are rows of its product. What the pages give is merged per row by the
+log of its sums.
 """
 
 # S rows, H query heads, K key heads, G = H / K, D head size, P tokens a page,
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.kv_format import Pages
 
 # A product of its own costs about as much as gathering so many bytes of keys and values,
 _RUN_BYTES = 4 << 20
@@ -39,12 +42,6 @@ class PageGroup:
     num_holders: int
     mask: Tensor | None  # [N, 1, n, 1, P], 0 or -inf; None where every key is seen
 
-    def select(self, pool: Tensor) -> Tensor:
-        """[all, K, P, D] -> [N, K, P, D]."""
-        if isinstance(self.pages, slice):
-            return pool[self.pages]
-        return pool.index_select(0, self.pages)
-
 
 @dataclass(slots=True)
 class DecodePlan:
@@ -58,11 +55,11 @@ class DecodePlan:
 
 
 def decode(
-    q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int | None
+    q: Tensor, keys: Pages, values: Pages, batch: Batch, scale: float, window: int | None
 ) -> Tensor:
     """One token a row: [S, H, D] -> [S, H, D]."""
     plan = _decode_plan(batch, keys, window)
-    grouped = q.reshape(len(q), keys.size(1), -1, q.size(2))  # S, K, G, D
+    grouped = q.reshape(len(q), keys.num_heads, -1, q.size(2))  # S, K, G, D
     if plan.is_single:
         return _decode_single(grouped, keys, values, plan, scale).reshape(q.shape)
     if len(q) == 1 and len(plan.groups) == 1:
@@ -70,9 +67,7 @@ def decode(
     return _decode_merged(grouped, keys, values, plan, scale).view(q.shape)
 
 
-def _decode_single(
-    q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, scale: float
-) -> Tensor:
+def _decode_single(q: Tensor, keys: Pages, values: Pages, plan: DecodePlan, scale: float) -> Tensor:
     parts = []
     for group in plan.groups:
         shares = _scores(q, keys, group, scale).softmax(-1)
@@ -81,7 +76,7 @@ def _decode_single(
     return mixed if plan.order is None else mixed.index_select(0, plan.order)
 
 
-def _decode_lone(q: Tensor, keys: Tensor, values: Tensor, group: PageGroup, scale: float) -> Tensor:
+def _decode_lone(q: Tensor, keys: Pages, values: Pages, group: PageGroup, scale: float) -> Tensor:
     """All pages are one row's: nothing needs to be weighed, in half the operations."""
     scores = _scores(q, keys, group, scale)
     shares = (scores - scores.amax((0, 4), keepdim=True)).exp_()
@@ -89,9 +84,7 @@ def _decode_lone(q: Tensor, keys: Tensor, values: Tensor, group: PageGroup, scal
     return _mix(shares, values, group).sum(0, dtype=torch.float32).div_(total).to(q.dtype)
 
 
-def _decode_merged(
-    q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, scale: float
-) -> Tensor:
+def _decode_merged(q: Tensor, keys: Pages, values: Pages, plan: DecodePlan, scale: float) -> Tensor:
     """Every page's shares are relative to its own peak; peaks and sums weigh the pages."""
     parts, peaks, sums = [], [], []
     for group in plan.groups:
@@ -110,21 +103,27 @@ def _decode_merged(
     return mixed.div_(total).to(q.dtype)
 
 
-def _scores(q: Tensor, keys: Tensor, group: PageGroup, scale: float) -> Tensor:
+def _scores(q: Tensor, keys: Pages, group: PageGroup, scale: float) -> Tensor:
     """[N, K, n, G, P]: every holder's queries times its page's keys, masked."""
-    pages, held = group.select(keys), q.index_select(0, group.holders)
+    pages, own_scales = keys.unscaled(group.pages)
+    held = q.index_select(0, group.holders)
     num_pages, heads, size, width = pages.shape
     if group.num_holders > 1:
         held = held.view(num_pages, group.num_holders, heads, -1, width).transpose(1, 2)
     scores = torch.bmm(
         held.reshape(num_pages * heads, -1, width), pages.flatten(0, 1).transpose(1, 2)
     ).view(num_pages, heads, group.num_holders, -1, size)
+    if own_scales is not None:
+        scores *= own_scales[:, :, None, None]
     return scores.mul_(scale) if group.mask is None else group.mask.add(scores, alpha=scale)
 
 
-def _mix(shares: Tensor, values: Tensor, group: PageGroup) -> Tensor:
+def _mix(shares: Tensor, values: Pages, group: PageGroup) -> Tensor:
     """[N, K, n, G, P] of the page's values -> [N * n, K, G, D]."""
-    pages = group.select(values).flatten(0, 1)
+    pages, own_scales = values.unscaled(group.pages)
+    if own_scales is not None:
+        shares = (shares * own_scales[:, :, None, None]).to(shares.dtype)
+    pages = pages.flatten(0, 1)
     mixed = torch.bmm(shares.view(len(pages), -1, shares.size(-1)), pages)
     return _by_holder(mixed.view(*shares.shape[:-1], -1), group)
 
@@ -138,7 +137,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _decode_plan(batch: Batch, pool: Tensor, window: int | None) -> DecodePlan:
+def _decode_plan(batch: Batch, pool: Pages, window: int | None) -> DecodePlan:
     key = (DecodePlan, window)
     plan: DecodePlan | None = batch.prepared.get(key)
     if plan is None:
@@ -146,7 +145,7 @@ def _decode_plan(batch: Batch, pool: Tensor, window: int | None) -> DecodePlan:
     return plan
 
 
-def make_decode_plan(batch: Batch, pool: Tensor, window: int | None) -> DecodePlan:
+def make_decode_plan(batch: Batch, pool: Pages, window: int | None) -> DecodePlan:
     holders: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     size = batch.block_size
     for row in range(batch.num_decodes):
@@ -181,14 +180,14 @@ def _entries_by_row(owners: list[int], num_rows: int) -> list[int]:
     return [entry for own in found for entry in own + own[:1] * (most - len(own))]
 
 
-def _stretches(pages: list[int], pool: Tensor) -> Iterator[list[int]]:
-    """Pages side by side, to be read in place; the others in blocks, to be gathered."""
+def _stretches(pages: list[int], pool: Pages) -> Iterator[list[int]]:
+    """Pages side by side, to be read in place; the others in blocks, to be gathered or widened."""
     breaks = [i for i in range(1, len(pages)) if pages[i] != pages[i - 1] + 1]
     runs = [pages[start:end] for start, end in itertools.pairwise([0, *breaks, len(pages)])]
-    page_bytes = 2 * pool.stride(0) * pool.element_size()
+    page_bytes = 2 * pool.bytes_as_read
     scattered = []
     for run in runs:
-        if len(runs) == 1 or len(run) * page_bytes >= _RUN_BYTES:
+        if pool.is_as_read and (len(runs) == 1 or len(run) * page_bytes >= _RUN_BYTES):
             yield run
         else:
             scattered += run
@@ -198,10 +197,10 @@ def _stretches(pages: list[int], pool: Tensor) -> Iterator[list[int]]:
 
 
 def _page_group(
-    pages: list[int], holders: dict[int, list[tuple[int, int, int]]], pool: Tensor
+    pages: list[int], holders: dict[int, list[tuple[int, int, int]]], pool: Pages
 ) -> PageGroup:
     seen = torch.tensor([holders[page] for page in pages])  # N, n, 3
-    first, size = pages[0], pool.size(2)
+    first, size = pages[0], pool.size
     is_run = pages[-1] - first + 1 == len(pages)
     return PageGroup(
         pages=slice(first, first + len(pages)) if is_run else torch.tensor(pages),

@@ -8,6 +8,9 @@ normalised output and the log of its weight's sum, merged by a second kernel. A 
 depends on the width of the block tables alone, never on the batch: no neighbour changes the order
 in which a row is summed. Grids depend on shapes alone and nothing synchronises, so that a CUDA
 graph can hold a launch and serve any contexts. Rows of context 0 (padding) come out as zeros.
+
+Quantized pages are widened in registers, so memory is read at their size. e4m3 is converted by the
+hardware from compute capability 8.9 on, else (and in the interpreter) by moving its bits.
 """
 
 # T tokens, S sequences, H query heads, K key heads, G = H / K, D head size, P tokens a page
@@ -25,6 +28,8 @@ _MIN_SPLIT, _MAX_SPLITS = 512, 32
 _MIN_DOT = 16  # rows and columns of the smallest matrix product the hardware has
 # Said aloud, because Triton is about to change the default and warns until it has.
 _OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
+_FP8_CAPABILITY = (8, 9)
+_FP8_BIAS = tl.constexpr(2.0**120)  # exponents count from 7 in e4m3, from 127 in float32
 
 
 def decode(
@@ -36,10 +41,12 @@ def decode(
     scale: float,
     window: int | None,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """One query a sequence: q and out [S, H, D], pages [N, K, P, D], tables [S, B], contexts [S].
 
-    ``out`` must be contiguous; elsewhere only a head's entries must lie side by side.
+    ``out`` must be contiguous; elsewhere only a head's entries must lie side by side. ``scales``
+    [2, N, K, P] float32 belong to int8 pages.
     """
     assert out.is_contiguous()
     assert q.stride(-1) == k_pages.stride(-1) == v_pages.stride(-1) == 1
@@ -51,11 +58,15 @@ def decode(
     head_pad = triton.next_power_of_2(head_size)
     partial = q.new_empty((num_rows, num_heads, num_splits, head_size), dtype=torch.float32)
     weights = q.new_empty((num_rows, num_heads, num_splits), dtype=torch.float32)
+    fp8_codes = _needs_codes(k_pages)
+    if fp8_codes:
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    k_scales, v_scales, *scale_strides = _scale_arguments(scales, weights)
     _decode_split[(num_rows, num_kv_heads, num_splits)](
-        *(q, k_pages, v_pages, partial, weights, block_tables, contexts),
+        *(q, k_pages, v_pages, k_scales, v_scales, partial, weights, block_tables, contexts),
         scale * _LOG2_E,
         *(q.stride(0), q.stride(1), block_tables.stride(0)),
-        *(*k_pages.stride()[:3], *v_pages.stride()[:3]),
+        *(*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_strides),
         *(num_heads, num_splits),
         WINDOW=window or 0,
         GROUP=group,
@@ -65,6 +76,8 @@ def decode(
         PAGE=page_size,
         SPLIT=split,
         KEYS=_keys_at_once(head_pad),
+        FP8_CODES=fp8_codes,
+        SCALED=scales is not None,
         num_warps=4 if head_pad <= 128 else 8,
         **_OPTIONS,
     )
@@ -91,6 +104,7 @@ def prefill(
     scale: float,
     window: int | None,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """Causal, several queries a sequence: its last ones, the rest of the context being history.
 
@@ -106,11 +120,15 @@ def prefill(
     pairs = 64 if q.element_size() <= 2 else 32  # float32 must fit small shared memories too
     queries = max(1, pairs // group_pad)
     head_pad = triton.next_power_of_2(head_size)
+    fp8_codes = _needs_codes(k_pages)
+    if fp8_codes:
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    k_scales, v_scales, *scale_strides = _scale_arguments(scales, q)
     _prefill_chunk[(triton.cdiv(max_queries, queries), num_rows, num_kv_heads)](
-        *(q, k_pages, v_pages, out, block_tables, contexts, query_starts),
+        *(q, k_pages, v_pages, k_scales, v_scales, out, block_tables, contexts, query_starts),
         scale * _LOG2_E,
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_tables.stride(0)),
-        *(*k_pages.stride()[:3], *v_pages.stride()[:3]),
+        *(*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_strides),
         WINDOW=window or 0,
         GROUP=group,
         GROUP_PAD=group_pad,
@@ -119,6 +137,8 @@ def prefill(
         HEAD_PAD=max(_MIN_DOT, head_pad),
         PAGE=page_size,
         KEYS=_keys_at_once(head_pad),
+        FP8_CODES=fp8_codes,
+        SCALED=scales is not None,
         num_warps=4 if head_pad <= 128 else 8,
         **_OPTIONS,
     )
@@ -133,11 +153,41 @@ def _keys_at_once(head_pad: int) -> int:
     return 64 if head_pad <= 128 else 32
 
 
+def _needs_codes(pages: Tensor) -> bool:
+    """Whether e4m3 pages are to be read as bytes: where the device cannot convert them itself."""
+    if pages.dtype != torch.float8_e4m3fn:
+        return False
+    device = pages.device
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY
+
+
+def _scale_arguments(scales: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Scales of keys and of values, and how far a page and a head lie apart in them."""
+    if scales is None:
+        return unread, unread, 0, 0  # a kernel's argument must be something
+    of_keys, of_values = scales.unbind()  # [N, K, P]
+    assert of_keys.stride(-1) == 1
+    return of_keys, of_values, of_keys.stride(0), of_keys.stride(1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _widened(  # type: ignore[no-untyped-def]
+    stored, FP8_CODES: tl.constexpr, dtype: tl.constexpr
+):
+    if FP8_CODES:
+        bits = stored.to(tl.int32)
+        moved = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
+        return (moved.to(tl.float32, bitcast=True) * _FP8_BIAS).to(dtype)
+    return stored.to(dtype)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode_split(  # type: ignore[no-untyped-def]
     q,  # [S, H, D]
     k_pages,  # [N, K, P, D]
     v_pages,
+    k_scales,  # [N, K, P] float32, of int8 pages
+    v_scales,
     partial,  # [S, H, splits, D] float32
     weights,  # [S, H, splits] float32: log2 of the sum of weights
     tables,  # [S, B] int32
@@ -152,6 +202,8 @@ def _decode_split(  # type: ignore[no-untyped-def]
     v_page_stride,
     v_head_stride,
     v_token_stride,
+    scale_page_stride,
+    scale_head_stride,
     num_heads,
     num_splits,
     WINDOW: tl.constexpr,
@@ -162,6 +214,8 @@ def _decode_split(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     KEYS: tl.constexpr,
+    FP8_CODES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -196,7 +250,11 @@ def _decode_split(  # type: ignore[no-untyped-def]
         is_entry = (positions < end)[:, None] & is_place[None, :]
         k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
         keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        keys = _widened(keys, FP8_CODES, query.dtype)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        if SCALED:
+            scaled = page * scale_page_stride + kv_head * scale_head_stride + inside
+            scores *= tl.load(k_scales + scaled, mask=positions < end, other=0.0)[None, :]
         scores = tl.where(is_key[None, :], scores, float("-inf"))
 
         peak = tl.maximum(highest, tl.max(scores, 1))
@@ -205,6 +263,11 @@ def _decode_split(  # type: ignore[no-untyped-def]
         fade = tl.exp2(highest - shift)
         v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
         values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        if SCALED:
+            v_scale = tl.load(v_scales + scaled, mask=positions < end, other=0.0)
+            values = (values.to(tl.float32) * v_scale[:, None]).to(query.dtype)
+        else:
+            values = _widened(values, FP8_CODES, query.dtype)
         mixed = mixed * fade[:, None]
         mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         total = total * fade + tl.sum(shares, 1)
@@ -265,6 +328,8 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
     q,  # [T, H, D]
     k_pages,  # [N, K, P, D]
     v_pages,
+    k_scales,  # [N, K, P] float32, of int8 pages
+    v_scales,
     out,  # [T, H, D]
     tables,  # [S, B] int32
     contexts,  # [S] int32
@@ -281,6 +346,8 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
     v_page_stride,
     v_head_stride,
     v_token_stride,
+    scale_page_stride,
+    scale_head_stride,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -289,6 +356,8 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
     HEAD_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
+    FP8_CODES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     row = tl.program_id(1)
     kv_head = tl.program_id(2)
@@ -329,7 +398,11 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
         is_entry = (keyed < end)[:, None] & is_place[None, :]
         k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
         keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        keys = _widened(keys, FP8_CODES, query.dtype)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        if SCALED:
+            scaled = page * scale_page_stride + kv_head * scale_head_stride + inside
+            scores *= tl.load(k_scales + scaled, mask=keyed < end, other=0.0)[None, :]
         is_seen = keyed[None, :] <= positions[:, None]
         if WINDOW > 0:
             is_seen &= keyed[None, :] > positions[:, None] - WINDOW
@@ -341,6 +414,11 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
         fade = tl.exp2(highest - shift)
         v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
         values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+        if SCALED:
+            v_scale = tl.load(v_scales + scaled, mask=keyed < end, other=0.0)
+            values = (values.to(tl.float32) * v_scale[:, None]).to(query.dtype)
+        else:
+            values = _widened(values, FP8_CODES, query.dtype)
         mixed = mixed * fade[:, None]
         mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         total = total * fade + tl.sum(shares, 1)

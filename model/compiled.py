@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.kernels import (
+    CACHE_KINDS,
     MAX_HEAD_SIZE,
     Kernels,
     KernelWeight,
@@ -32,6 +33,7 @@ from model.kernels import (
 )
 from model.kernels.packing import PANEL
 from model.kv_cache import KVCache
+from model.kv_format import format_name
 from model.layers import Linear
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class _Plan:
             assert isinstance(weight, KernelWeight)
             return PreparedLinear(kernels, weight, x, out, bias=module.bias, eps=eps, **more)  # type: ignore[arg-type]
 
+        scales = cache.scales_of(attention.index)
         norms = layer.attention_norm.weight, layer.feed_forward_norm.weight
         qkv = linear(attention.qkv, self.x, self.qkv, norm=norms[0])
         attend = PreparedAttention(
@@ -117,6 +120,8 @@ class _Plan:
             q_norm=None if attention.q_norm is None else attention.q_norm.weight,
             k_norm=None if attention.k_norm is None else attention.k_norm.weight,
             eps=eps,
+            key_scales=None if scales is None else scales[0],
+            value_scales=None if scales is None else scales[1],
         )
         output = linear(attention.output, self.mixed, self.x, adds=True)
         gate_up = linear(mlp.gate_up, self.x, self.inner, norm=norms[1], gates=True)
@@ -175,6 +180,9 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, model.attention
     if model.dtype != torch.bfloat16:
         return None, "cpu (PyTorch: the compiled kernels take bf16)"
+    if model.cache_dtype not in CACHE_KINDS:
+        name = format_name(model.cache_dtype)
+        return None, f"cpu (PyTorch: the compiled kernels read no {name} pages)"
     if not _has_kernel_shape(model):
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
     kernels = load_kernels()

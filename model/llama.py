@@ -41,11 +41,15 @@ class Llama(nn.Module):
         device: torch.device | str = "cpu",
         attention: str = "auto",
         group: ParallelGroup | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.cache_dtype = cache_dtype or dtype  # of the pages it will be run over
         self.group = group or ParallelGroup()
-        self.attention = choose_backend(attention, self.device, dtype, config.head_size)
+        self.attention = choose_backend(
+            attention, self.device, dtype, config.head_size, self.cache_dtype
+        )
         make = _Maker(config, dtype, self.device, self.group, self.attention)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype, self.device)
         self.layers = nn.ModuleList(Layer(index, make) for index in range(config.num_layers))

@@ -29,6 +29,15 @@ ENGINE_COUNTERS = {
 }
 
 
+# The same for what vLLM has no name for.
+OWN_COUNTERS = {
+    "host_cache_hits": ("host_hits", "Prompt tokens found in host memory alone"),
+    "host_cache_stores": ("host_stores", "Pages evicted from the KV cache to host memory"),
+    "host_cache_loads": ("host_loads", "Pages brought back from host memory"),
+    "host_cache_evictions": ("host_evictions", "Pages that left host memory for others"),
+}
+
+
 class Twice(Collector):
     """Every family of ``inner``, under vLLM's prefix and under pronk's."""
 
@@ -100,16 +109,29 @@ class OwnStates(Collector):
         discarded = CounterMetricFamily(
             OWN + "discarded_tokens", "Tokens drawn that no client was told", labels=LABELS
         )
+        usage = GaugeMetricFamily(
+            OWN + "host_cache_usage_perc",
+            "Share of the host memory for evicted pages in use, 0..1",
+            labels=LABELS,
+        )
+        counted = {
+            name: (counter, CounterMetricFamily(OWN + name, about, labels=LABELS))
+            for name, (counter, about) in OWN_COUNTERS.items()
+        }
         for model in self.models.models:
             for number, engine in enumerate(model.engines):
                 labels = [model.name, str(number)]
+                usage.add_metric(labels, _host_usage(engine.state))
+                for counter, family in counted.values():
+                    family.add_metric(labels, engine.state.counters.get(counter, 0))
                 dropped = self.metrics[model.name, number].num_dropped + engine.num_discarded
                 in_engine = engine.state.counters.get("discarded_tokens", 0)
                 discarded.add_metric(labels, dropped + in_engine)
                 restarts.add_metric(labels, engine.num_restarts)
                 ready.add_metric(labels, engine.is_ready)
                 waiting.add_metric(labels, engine.state.waiting_tokens)
-        yield from (restarts, ready, waiting, discarded)
+        yield from (restarts, ready, waiting, discarded, usage)
+        yield from (family for _, family in counted.values())
 
 
 Rows = list[tuple[list[str], State]]
@@ -127,6 +149,10 @@ def _usage(state: State) -> float:
     return 1 - state.free_blocks / state.num_blocks if state.num_blocks else 0
 
 
+def _host_usage(state: State) -> float:
+    return state.used_host_blocks / state.host_blocks if state.host_blocks else 0
+
+
 def _gauge(name: str, about: str, rows: Rows, read: Callable[[State], float]) -> Metric:
     family = GaugeMetricFamily(VLLM + name, about, labels=LABELS)
     for labels, state in rows:
@@ -138,7 +164,11 @@ def _cache_config(rows: Rows) -> Metric:
     labels = [*LABELS, "block_size", "num_gpu_blocks", "cache_dtype"]
     family = GaugeMetricFamily(VLLM + "cache_config_info", "The KV cache's shape", labels=labels)
     for names, state in rows:
-        shape = [str(state.block_size), str(state.num_blocks), state.facts.get("dtype", "")]
+        shape = [
+            str(state.block_size),
+            str(state.num_blocks),
+            state.facts.get("kv_cache_dtype", ""),
+        ]
         family.add_metric([*names, *shape], 1)
     return family
 

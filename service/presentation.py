@@ -80,9 +80,10 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         facts["torch"],
     )
     logger.info(
-        "context %s tokens; KV cache %s tokens; at most %s sequences and %s tokens a step",
+        "context %s tokens; KV cache %s tokens in %s; at most %s sequences and %s tokens a step",
         f"{model.context:,}",
         f"{int(facts['kv_tokens']):,}",
+        facts["kv_cache_dtype"],
         facts["max_num_seqs"],
         facts["max_num_batched_tokens"],
     )
@@ -95,6 +96,8 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
             settings.speculative_method,
             facts.get("draft", "none"),
         )
+    if int(facts.get("host_tokens", 0)):
+        logger.info("host memory keeps %s tokens more", f"{int(facts['host_tokens']):,}")
     if settings.log_content:
         logger.warning("--log-content is on: prompts and answers are written to the log")
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):

@@ -107,6 +107,8 @@ def engine_options(
         block_size=settings.block_size,
         num_kv_blocks=settings.num_kv_blocks,
         kv_cache_memory=settings.kv_cache_memory,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        host_cache_memory=settings.host_cache_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enable_prefix_caching=settings.enable_prefix_caching,
         max_queued_requests=settings.max_queued_requests,

@@ -123,6 +123,17 @@ class Settings(BaseSettings):
     kv_cache_memory: int | None = Field(
         None, ge=MIB, description="Bytes for the KV cache; default: from free memory"
     )
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = Field(
+        "auto",
+        description="Number format of the KV cache; auto: the model's. fp8 (e4m3) and int8 hold "
+        "about twice the tokens of bfloat16, a little less exactly",
+    )
+    host_cache_memory: int = Field(
+        0,
+        ge=0,
+        description="Bytes of host memory for computed prompts the KV cache has no more room for; "
+        "0: none",
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory pronk may use"
     )
@@ -247,6 +258,12 @@ class Settings(BaseSettings):
     def tls_needs_both(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile go together: give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def host_cache_needs_prefixes(self) -> Settings:
+        if self.host_cache_memory and not self.enable_prefix_caching:
+            raise ValueError("host_cache_memory is part of prefix caching, which is switched off")
         return self
 
     @classmethod

@@ -122,6 +122,25 @@ def test_a_broken_checkpoint_ends_the_server_with_the_reason(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_a_quantized_cache_writes_sensible_text_and_says_what_it_is(name: str) -> None:
+    with serving("--no-sample", "--kv-cache-dtype", name) as running:
+        body = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+        answers = [
+            httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()
+            for _ in range(2)
+        ]
+        metrics = httpx.get(f"{running.url}/metrics", timeout=5).text
+        assert f"tokens in {name};" in running.output()
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    assert texts[0] == texts[1]
+    words = texts[0].split()
+    assert len(words) > 20
+    assert len(set(words)) > 12, "it repeats itself"
+    assert sum(word.isascii() for word in words) == len(words)
+    assert f'cache_dtype="{name}"' in metrics
+
+
 # ---- ends
 
 

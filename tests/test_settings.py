@@ -60,6 +60,9 @@ def test_keys_are_not_printed() -> None:
         (["--ssl-keyfile", "x"], "ssl_certfile"),
         (["--config", "/does/not/exist.toml"], "config"),
         (["--tensor-parallel-size", "2"], "tensor-parallel-size"),
+        (["--kv-cache-dtype", "int4"], "kv-cache-dtype"),
+        (["--host-cache-memory", "-1"], "host-cache-memory"),
+        (["--host-cache-memory", "9", "--no-enable-prefix-caching"], "prefix caching"),
         (["one", "two"], "two"),
     ],
 )

@@ -53,16 +53,18 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     attention: str = "auto",
+    cache_dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """The network of a local checkpoint, filled, packed and in eval mode.
 
-    ``progress`` is called with (bytes done, bytes in all) after every tensor. Raises
+    ``cache_dtype`` is of the pages it will be run over (model.kv_format). ``progress`` is called
+    with (bytes done, bytes in all) after every tensor. Raises
     CheckpointError, or the config's own UnsupportedModel and InvalidConfig; all are ValueErrors.
     """
     from model.checkpoint.loading import load
 
-    return load(inspect(path), dtype, device, attention, progress)
+    return load(inspect(path), dtype, device, attention, progress, cache_dtype)
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

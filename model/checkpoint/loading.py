@@ -14,6 +14,7 @@ import torch
 from model.checkpoint.errors import CheckpointError, some_names
 from model.checkpoint.inspection import Checkpoint
 from model.checkpoint.stored import StoredTensor, Weights
+from model.kv_format import cache_format
 from model.llama import Llama, WeightSlot
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -35,13 +36,15 @@ def load(
     device: str | torch.device,
     attention: str,
     progress: Progress | None,
+    cache_dtype: str = "auto",
 ) -> Llama:
     device = torch.device(device)
     weights = _settle_tying(_open(checkpoint))
     _check_layers(weights)
     _check_sizes(checkpoint, weights)
     wanted = resolve_dtype(dtype, weights.config.dtype, device)
-    model = Llama(weights.config, wanted, device, attention=attention)
+    pages = cache_format(cache_dtype, wanted)
+    model = Llama(weights.config, wanted, device, attention=attention, cache_dtype=pages)
     fill(model.slots(), weights, wanted, progress)
     model.pack()
     return model.eval()

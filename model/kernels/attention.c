@@ -115,6 +115,12 @@ static const bf16 *read_rows(const Attention *a, const void *pool, const float *
     return scratch;
 }
 
+// What is no finite number is stored as 0: whoever gets the page next masks it with zeros.
+INLINE __m512 numbers_of(const bf16 *p) {
+    const __m512 v = widen(p);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(INFINITY), _CMP_LT_OQ), v);
+}
+
 static void write_row(const Attention *a, void *pool, float *scales, long at, const bf16 *row) {
     const int D = a->head_size;
     if (a->cache == CACHE_BF16) {
@@ -123,17 +129,17 @@ static void write_row(const Attention *a, void *pool, float *scales, long at, co
     }
     uint8_t *to = (uint8_t *)pool + at * D;
     if (a->cache == CACHE_FP8) {
-        for (int d = 0; d < D; d += LANES) _mm_storeu_si128((void *)(to + d), to_fp8(widen(row + d)));
+        for (int d = 0; d < D; d += LANES) _mm_storeu_si128((void *)(to + d), to_fp8(numbers_of(row + d)));
         return;
     }
     __m512 largest = _mm512_setzero_ps();
-    for (int d = 0; d < D; d += LANES) largest = _mm512_max_ps(largest, _mm512_abs_ps(widen(row + d)));
+    for (int d = 0; d < D; d += LANES) largest = _mm512_max_ps(largest, _mm512_abs_ps(numbers_of(row + d)));
     const float step = _mm512_reduce_max_ps(largest) / 127.f;
     scales[at] = step;
     const __m512 inverse = _mm512_set1_ps(step > 0.f ? 1.f / step : 0.f);
     for (int d = 0; d < D; d += LANES)
         _mm_storeu_si128((void *)(to + d),
-                         _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(widen(row + d), inverse))));
+                         _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(numbers_of(row + d), inverse))));
 }
 
 // ---- rotary positions, append -------------------------------------------------------------------

@@ -80,6 +80,26 @@ def num_blocks(
     return count
 
 
+def num_host_slots(options: EngineOptions, block_bytes: int, available: int) -> int:
+    """Pages that host memory keeps of those evicted; 0 unless asked for.
+
+    Raises ``NotEnoughMemory`` where that is less than one page, or more than there is.
+    """
+    asked = options.host_cache_memory
+    if not asked:
+        return 0
+    if asked > available:
+        raise NotEnoughMemory(
+            f"host_cache_memory is {_mib(asked)}, {_mib(available)} are available: lower it"
+        )
+    if asked < block_bytes:
+        raise NotEnoughMemory(
+            f"host_cache_memory is {_mib(asked)}, a page of {options.block_size} tokens takes "
+            f"{_mib(block_bytes)}: raise it, or lower block_size"
+        )
+    return asked // block_bytes
+
+
 def limits_that_fit(options: EngineOptions, limits: Limits, num_blocks: int) -> Limits:
     """``limits`` with a length one sequence can reach.
 

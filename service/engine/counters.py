@@ -14,7 +14,11 @@ class Counters:
     discarded_tokens: int = 0  # drawn for a choice that was gone by then
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache at a request's first step
-    prefix_hits: int = 0  # tokens found there
+    prefix_hits: int = 0  # tokens found there, the host's too
+    host_hits: int = 0  # of these: tokens found in host memory alone
+    host_stores: int = 0  # pages evicted to host memory
+    host_loads: int = 0  # pages brought back
+    host_evictions: int = 0  # pages that left host memory for others
     spec_drafts: int = 0  # rows that carried proposed tokens
     spec_draft_tokens: int = 0  # tokens proposed
     spec_accepted_tokens: int = 0  # of those, what the model drew too
@@ -33,6 +37,10 @@ class Counters:
             "spec_drafts": self.spec_drafts,
             "spec_draft_tokens": self.spec_draft_tokens,
             "spec_accepted_tokens": self.spec_accepted_tokens,
+            "host_hits": self.host_hits,
+            "host_stores": self.host_stores,
+            "host_loads": self.host_loads,
+            "host_evictions": self.host_evictions,
             **{f"finished_{reason}": n for reason, n in self.finished.items()},
             **{f"rejected_{code}": n for code, n in self.rejected.items()},
         }

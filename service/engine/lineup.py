@@ -61,6 +61,14 @@ class Lineup:
         step.put_single_tokens_first()
         room = self._budget - step.num_tokens
         self._speculator.extend(step, room, self._max_model_len, self._paging)
+        self._settle_host(step)
+
+    def _settle_host(self, step: Step) -> None:
+        pool, counters = self._paging.pool, self._counters
+        step.stores = pool.take_stores()
+        counters.host_stores += len(step.stores)
+        counters.host_loads += len(step.loads)
+        counters.host_evictions = pool.host.num_evictions
 
     def run_forks(self, children: Iterable[Sequence]) -> None:
         """Their tables are shared. Those beyond max_num_seqs wait, their prompt cached."""
@@ -138,26 +146,28 @@ class Lineup:
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         if self.free_slots <= 0:
             return False
-        if not self._paging.claim(sequence, self._headroom(), step.copies):
+        known = len(step.loads)
+        if not self._paging.claim(sequence, self._headroom(), step.copies, step.loads):
             return False
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_order)
         if sequence.request.first_scheduled is None:
-            self._note_first_step(sequence)
+            self._note_first_step(sequence, sum(tokens for _, _, tokens in step.loads[known:]))
         return True
 
     def _headroom(self) -> int:
         """Blocks that those running want shortly: given away they would be taken back at once."""
         return sum(map(self._paging.wants_page_soon, self.running))
 
-    def _note_first_step(self, sequence: Sequence) -> None:
+    def _note_first_step(self, sequence: Sequence, num_loaded: int) -> None:
         request = sequence.request
         request.first_scheduled = self._clock()
         request.cached_tokens = sequence.num_computed
         if self._paging.pool.enable_prefix_caching and request.prompt_logprobs is None:
             self._counters.prefix_queries += sequence.num_prompt
             self._counters.prefix_hits += sequence.num_computed
+            self._counters.host_hits += num_loaded
 
     def _advance(self, sequence: Sequence, count: int, step: Step) -> None:
         step.rows.append(make_row(sequence, count))

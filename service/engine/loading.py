@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from model.checkpoint import load_config, load_model
+from model.host_cache import STAGED, HostCache
 from model.kv_cache import KVCache, bytes_per_block
+from model.kv_format import format_name
 from model.llama import Llama
 from model.tokenizer import TokenizerError, load_tokenizer
 from service.engine.capacity import (
@@ -20,6 +22,7 @@ from service.engine.capacity import (
     limits_that_keep_pace,
     limits_wanted,
     num_blocks,
+    num_host_slots,
 )
 from service.engine.costs import StepCosts
 from service.engine.drafting import Drafter
@@ -46,6 +49,7 @@ class Loaded:
     limits: Limits
     num_blocks: int
     facts: dict[str, str]
+    num_host_slots: int = 0  # pages kept in host memory
 
 
 def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
@@ -57,17 +61,17 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         dtype=options.dtype,
         device=device,
         attention=options.attention_backend,
+        cache_dtype=options.kv_cache_dtype,
         progress=lambda done, total: progress(done / max(1, total)),
     )
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
-    block_bytes = sum(
-        bytes_per_block(each.config, limits.block_size, each.dtype)
-        for each in (model, draft)
-        if each is not None
-    )
+    block_bytes = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
+    draft_bytes = 0
+    if draft is not None:
+        draft_bytes = bytes_per_block(draft.config, limits.block_size, draft.cache_dtype)
     budget, available = _memory_for_cache(options, model, limits)
-    blocks = num_blocks(options, limits, block_bytes, budget, available)
+    blocks = num_blocks(options, limits, block_bytes + draft_bytes, budget, available)
     fitting = limits_that_fit(options, limits, blocks)
     if fitting.max_model_len < limits.max_model_len:
         logger.warning(
@@ -76,13 +80,17 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
             fitting.max_model_len,
             limits.max_model_len,
         )
-    cache = KVCache(model.config, blocks, limits.block_size, model.dtype, model.device)
+    cache = KVCache(model.config, blocks, limits.block_size, model.cache_dtype, model.device)
+    host = _host_cache(options, cache, block_bytes, blocks * (block_bytes + draft_bytes))
     drafter = None
     if draft is not None:
-        pages = KVCache(draft.config, blocks, limits.block_size, draft.dtype, draft.device)
+        pages = KVCache(draft.config, blocks, limits.block_size, draft.cache_dtype, draft.device)
         drafter = Drafter(draft, pages, fitting)
-    runner = ModelRunner(model, cache, fitting, drafter)
-    return Loaded(runner, fitting, blocks, _facts(model, fitting, blocks) | _draft_facts(draft))
+    runner = ModelRunner(model, cache, fitting, drafter, host)
+    slots = 0 if host is None else host.num_slots
+    facts = _facts(model, fitting, blocks) | _draft_facts(draft)
+    facts["host_tokens"] = str(slots * limits.block_size)
+    return Loaded(runner, fitting, blocks, facts, slots)
 
 
 def load_draft(options: EngineOptions, model: Llama) -> Llama:
@@ -116,6 +124,15 @@ def _check_same_tokens(path: str, draft_path: str) -> None:
                 f"{tokenizer.token_text(token)!r} for the model: speculative_model must have the "
                 "same tokenizer"
             )
+
+
+def _host_cache(
+    options: EngineOptions, cache: KVCache, block_bytes: int, cache_bytes: int
+) -> HostCache | None:
+    """What the KV cache may still come to take of the same memory is not available to it."""
+    own = 0 if cache.keys[0].is_cuda else cache_bytes
+    slots = num_host_slots(options, block_bytes, available_memory() - own)
+    return HostCache(cache, slots) if slots else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -205,6 +222,9 @@ def _memory_for_cache(options: EngineOptions, model: Llama, limits: Limits) -> t
     """(bytes the cache gets by default, bytes it could have at all)."""
     if model.device.type == "cuda":
         free = _free_after_profile(options, model, limits)
+        if options.host_cache_memory:
+            page = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
+            free = max(0, free - 2 * STAGED * page)
         return free, free
     available = available_memory()
     return int(available * CPU_SHARE), available
@@ -213,7 +233,7 @@ def _memory_for_cache(options: EngineOptions, model: Llama, limits: Limits) -> t
 def _free_after_profile(options: EngineOptions, model: Llama, limits: Limits) -> int:
     """What a step of the largest size leaves of the device's share that pronk may use."""
     pages = -(-limits.max_num_batched_tokens // limits.block_size) + 1
-    cache = KVCache(model.config, pages, limits.block_size, model.dtype, model.device)
+    cache = KVCache(model.config, pages, limits.block_size, model.cache_dtype, model.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
@@ -249,6 +269,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "parameters": str(model.num_parameters),
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": format_name(model.cache_dtype),
         "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),

@@ -169,6 +169,8 @@ class EngineLoop(Generic[Launched]):
             num_blocks=self._scheduler.pool.num_usable,
             free_blocks=gauges.free_blocks,
             block_size=self._scheduler.pool.block_size,
+            host_blocks=self._scheduler.pool.host.num_slots,
+            used_host_blocks=self._scheduler.pool.host.num_used,
             max_model_len=self._scheduler.max_model_len,
             counters=self._scheduler.counters.as_dict() | {"failed_steps": self._num_failed_steps},
             facts=self._facts,

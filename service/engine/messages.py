@@ -141,6 +141,8 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
     num_blocks: int = 0
     free_blocks: int = 0  # cached pages count as free: they can be evicted
     block_size: int = 0
+    host_blocks: int = 0  # pages host memory can keep of those evicted
+    used_host_blocks: int = 0
     max_model_len: int = 0
     counters: dict[str, float] = {}  # monotone: see service/engine/worker.py
     facts: dict[str, str] = {}  # device, dtype, attention backend, torch version...: the banner

@@ -7,13 +7,14 @@ from service.engine.sequence import Sequence
 
 Copies = list[tuple[int, int, int]]  # (source block, target block, first tokens)
 SPARE = 1  # free blocks that guesses leave alone
+Loads = list[tuple[int, int, int]]  # (host slot, target block, first tokens)
 
 
 class Paging:
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
 
-    def claim(self, sequence: Sequence, headroom: int, copies: Copies) -> bool:
+    def claim(self, sequence: Sequence, headroom: int, copies: Copies, loads: Loads) -> bool:
         """Gives a sequence without blocks a table for all its tokens, cached prefix included.
 
         False, and nothing done, unless ``headroom`` blocks would stay free. At least one token is
@@ -22,10 +23,12 @@ class Paging:
         assert not sequence.block_table, "claims twice"
         pool = self.pool
         match = self._match(sequence)
-        num_fresh = pool.pages_for(len(sequence.tokens)) - len(match.pages)
-        if num_fresh + pool.num_idle(match.pages) + headroom > pool.num_free:
+        num_fresh = pool.pages_for(len(sequence.tokens)) - len(match.shared)
+        if num_fresh + pool.num_idle(match.shared) + headroom > pool.num_free:
             return False
-        self._take(sequence, match, num_fresh, copies)
+        self._take(sequence, match, copies)
+        for place, slot, tokens in match.loads:
+            loads.append((slot, sequence.block_table[place], tokens))
         return True
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
@@ -34,22 +37,27 @@ class Paging:
         sequence.chain.extend(sequence.tokens, len(sequence.tokens))
         return self.pool.match(sequence.chain.digests, sequence.first_logits)
 
-    def _take(self, sequence: Sequence, match: PrefixMatch, fresh: int, copies: Copies) -> None:
+    def _take(self, sequence: Sequence, match: PrefixMatch, copies: Copies) -> None:
         """Shares before it allocates, so that no matched page is evicted for its own successor."""
         pool = self.pool
-        for block in match.pages:
+        for block in match.shared:
             pool.share(block)
+        for _, slot, _ in match.loads:
+            pool.host.pin(slot)
         if match.source is not None:
             pool.touch(match.source)
-        sequence.block_table = match.pages + [pool.allocate() for _ in range(fresh)]
+        num_fresh = pool.pages_for(len(sequence.tokens)) - len(match.pages)
+        table = [block or pool.allocate() for block in match.pages]
+        sequence.block_table = table + [pool.allocate() for _ in range(num_fresh)]
         if match.source is not None:
             target = sequence.block_table[len(match.pages)]
             # The source itself comes back where it was the last free block: nothing to copy then.
             if target != match.source:
                 copies.append((match.source, target, match.source_tokens))
         sequence.num_computed = match.num_tokens
-        # Copied grains are offered again after the step: their source may be evicted by then.
-        sequence.num_registered = len(match.pages) * pool.block_size // pool.grain
+        # Copied and loaded grains are offered after the step: their source may be evicted by then.
+        known = next((place for place, _, _ in match.loads), len(match.pages))
+        sequence.num_registered = known * pool.block_size // pool.grain
 
     def is_writable(self, sequence: Sequence) -> bool:
         """Whether the page of its next token is there and its own."""
@@ -95,7 +103,9 @@ class Paging:
         sequence.chain.extend(sequence.tokens, sequence.num_computed)
         grains_a_page = pool.block_size // pool.grain
         for i in range(sequence.num_registered, computed):
-            pool.register(sequence.block_table[i // grains_a_page], sequence.chain.digests[i])
+            page, place = divmod(i, grains_a_page)
+            end = (place + 1) * pool.grain
+            pool.register(sequence.block_table[page], sequence.chain.digests[i], end)
         sequence.num_registered = computed
 
     def release(self, sequence: Sequence) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch, BatchBuilder, BatchRow
+from model.host_cache import HostCache
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.logprobs import RawLogprob
@@ -48,11 +49,17 @@ class ModelRunner:
     """Owns the network, its cache and the penalty states; knows nothing of clients or queues."""
 
     def __init__(
-        self, model: Llama, cache: KVCache, limits: Limits, drafter: Drafter | None = None
+        self,
+        model: Llama,
+        cache: KVCache,
+        limits: Limits,
+        drafter: Drafter | None = None,
+        host: HostCache | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.drafter = drafter
+        self.host = host  # keeps what is evicted from the cache
         self._sampler = Sampler(model.config.vocab_size, model.device)
         self._builder = BatchBuilder(
             max_tokens=limits.max_num_batched_tokens,
@@ -93,8 +100,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Queue the step on the device."""
-        if step.copies:
-            self.cache.copy(step.copies)
+        self._move_pages(step)
         passes = self.drafter.propose(step, self._sampling_row) if self.drafter is not None else []
         batch = self._builder.build([own for row in step.rows for own in _batch_rows(row)])
         has_chunks = any(row.count > 1 or not row.choices for row in step.rows)
@@ -103,6 +109,14 @@ class ModelRunner:
         rows = self._sampling_rows(step.rows)
         drawn = self._sampler.launch(logits, rows) if rows else None
         return Launched(step, passes, drawn, hidden, is_finite)
+
+    def _move_pages(self, step: Step) -> None:
+        if self.host is not None and step.stores:
+            self.host.store(step.stores)
+        if step.copies:
+            self.cache.copy(step.copies)
+        if self.host is not None and step.loads:
+            self.host.load(step.loads)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:

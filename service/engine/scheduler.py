@@ -176,6 +176,8 @@ class Scheduler:
         self._speculator.observe(step, seconds, result.draft_passes)
         self._last_update = now
         out: Deliveries = {}
+        if not result.has_run:
+            self.pool.host.forget_slots(slot for _, slot, _ in step.stores)
         for row, came in zip(step.rows, result.rows, strict=True):
             self._update_row(row, came, now, out)
         self.rate.observe(now, self._num_ended, step.num_tokens)
@@ -192,7 +194,7 @@ class Scheduler:
             return  # computed in vain: the sequence is where it was
         elif came.error is not None:
             # What went wrong may lie in its pages: the next to ask the same must not find it there.
-            self.pool.distrust(sequence.block_table)
+            self.pool.distrust(sequence.block_table, sequence.chain.digests)
             for choice in sequence.choices:
                 ending = Ending("error", error=came.error)
                 self._finish(sequence, choice.index, ending, now, out)

@@ -64,13 +64,17 @@ class Step:
 
     ``copies`` (source block, target block, first tokens) are done before the forward. Targets are
     distinct and every source holds what is wanted before the step, so in list order or all sources
-    read first is the same.
+    read first is the same. ``stores`` (block, host slot, first tokens) are done before them, in
+    list order, and ``loads`` (host slot, block, first tokens) after them: a page may be stored and
+    then be a target, or the source of a copy and then the target of a load.
     """
 
     number: int
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     num_tokens: int = 0
+    stores: list[tuple[int, int, int]] = field(default_factory=list)
+    loads: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def has_proposals(self) -> bool:
@@ -97,13 +101,16 @@ class RowResult:
 
 @dataclass(slots=True)
 class StepResult:
+    """``has_run`` is False where nothing is known of what the step did to pages and host slots."""
+
     rows: list[RowResult]
     draft_passes: list[tuple[int, float]] = field(default_factory=list)  # rows, seconds of each
+    has_run: bool = True
 
     @classmethod
     def failed(cls, step: Step, error: str) -> StepResult:
         """The whole step came to nothing: every sequence in it ends with this error."""
-        return cls([RowResult(error=error) for _ in step.rows])
+        return cls([RowResult(error=error) for _ in step.rows], has_run=False)
 
 
 def agreed(proposed: list[int], draws: list[Draw]) -> list[Draw]:

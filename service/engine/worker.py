@@ -27,6 +27,7 @@ from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
 from service.engine.connections import Connections
 from service.engine.costs import StepCosts
+from service.engine.host_slots import HostSlots
 from service.engine.lifeline import die_with_parent
 from service.engine.loop import EngineLoop
 from service.engine.messages import State
@@ -87,7 +88,9 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
         logger.error("the model could not be loaded: %s", failure)
         say_farewell(connections, pulse, str(failure))
         return LOAD_FAILED
-    scheduler = make_scheduler(options, loaded.limits, loaded.num_blocks, costs)
+    scheduler = make_scheduler(
+        options, loaded.limits, loaded.num_blocks, costs, loaded.num_host_slots
+    )
     return EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts).run()
 
 
@@ -96,9 +99,13 @@ def make_scheduler(
     limits: Limits,
     num_blocks: int,
     costs: tuple[StepCosts, StepCosts] | None = None,
+    num_host_slots: int = 0,
 ) -> Scheduler:
     pool = BlockPool(
-        num_blocks, limits.block_size, enable_prefix_caching=options.enable_prefix_caching
+        num_blocks,
+        limits.block_size,
+        enable_prefix_caching=options.enable_prefix_caching,
+        host=HostSlots(num_host_slots),
     )
     return Scheduler(
         pool,

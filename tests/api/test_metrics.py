@@ -91,17 +91,28 @@ async def test_the_engines_state_is_read_when_scraped(
         num_blocks=10,
         free_blocks=4,
         block_size=256,
-        counters={"preemptions": 2},
+        host_blocks=8,
+        used_host_blocks=2,
+        counters={"preemptions": 2, "host_hits": 640, "host_loads": 3},
+        facts={"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     )
     samples = await scrape(client)
     assert value(samples, "vllm:num_requests_running") == 3
     assert value(samples, "vllm:num_requests_waiting") == 4
     assert value(samples, "vllm:kv_cache_usage_perc") == pytest.approx(0.6)
     assert value(samples, "pronk:num_preemptions_total") == 2
+    shape = {"block_size": "256", "num_gpu_blocks": "10", "cache_dtype": "fp8"}
+    assert value(samples, "vllm:cache_config_info", **shape) == 1
+    assert value(samples, "pronk:host_cache_hits_total") == 640
+    assert value(samples, "pronk:host_cache_loads_total") == 3
+    assert value(samples, "pronk:host_cache_stores_total") == 0
+    assert value(samples, "pronk:host_cache_evictions_total") == 0
+    assert value(samples, "pronk:host_cache_usage_perc") == 0.25
     engine.state = State(stage="ready", num_blocks=10, free_blocks=10)
     samples = await scrape(client)
     assert value(samples, "vllm:num_requests_running") == 0
     assert value(samples, "vllm:kv_cache_usage_perc") == 0
+    assert value(samples, "pronk:host_cache_usage_perc") == 0
 
 
 async def test_a_request_leaves_its_marks(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -19,6 +19,7 @@ import torch
 from model.batch import Batch, BatchBuilder, BatchRow
 from model.config import ModelConfig
 from model.kv_cache import KVCache
+from model.kv_format import KV_CACHE_DTYPES, cache_format
 from model.llama import Llama
 from model.random_checkpoint import SHAPES
 from service.bench.rates import read_bandwidth
@@ -36,7 +37,8 @@ def config_of(shape: str) -> ModelConfig:
 
 def random_model(config: ModelConfig, options: argparse.Namespace) -> Llama:
     dtype = getattr(torch, options.dtype)
-    model = Llama(config, dtype, options.device, options.attention)
+    pages = cache_format(options.kv_cache_dtype, dtype)
+    model = Llama(config, dtype, options.device, options.attention, cache_dtype=pages)
     generator = torch.Generator().manual_seed(0)
     for slot in model.slots().values():
         slot.fill(torch.empty(slot.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator))
@@ -51,7 +53,7 @@ class Bench:
         self.model, self.context = model, context
         self.pages = -(-max(context, 4 * CHUNK) // BLOCK_SIZE)
         num_blocks = 1 + max(rows * -(-context // BLOCK_SIZE), self.pages)
-        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device)
+        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.cache_dtype, model.device)
         tokens = max(rows, CHUNK)
         self.builder = BatchBuilder(tokens, rows, self.pages, BLOCK_SIZE, model.device)
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", *KV_CACHE_DTYPES], default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--threads", type=int, default=None)

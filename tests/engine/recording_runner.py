@@ -1,4 +1,5 @@
-"""A runner without tensors that remembers what lies in every page, and reads it as attention would.
+"""A runner without tensors that remembers what lies in every page and every slot of host memory,
+and reads it as attention would.
 
 Where a real cache holds keys and values it holds a digest of the namespace and of all tokens up to
 that position: what a key of that position depends on. Its model draws a token from the digest of
@@ -65,14 +66,19 @@ class RecordingRunner:
             block: [None] * pool.block_size for block in range(pool.num_blocks)
         }
         self.num_accepted = 0
+        self.host: dict[int, list[int | None]] = {
+            slot: [None] * pool.block_size for slot in range(pool.host.num_slots)
+        }
         self._digests: dict[Sequence, list[int]] = {}
 
     def run(self, step: Step) -> StepResult:
-        """Copies, then writes of all rows, then reads: as a layer does it."""
+        """Stores, copies, loads, then writes of all rows, then reads: as a layer does it."""
         for row in step.rows:
             if row.num_ahead and row.choices[0].settings.speculative_method == "draft":
                 row.proposed = self._draft(row)
+        self._store(step)
         self._copy(step)
+        self._load(step)
         self._write(step)
         return StepResult([self._row(row) for row in step.rows])
 
@@ -86,6 +92,26 @@ class RecordingRunner:
             token = draw_token(settings, last, num_output, len(tokens))
             tokens.append((token + (last % 5 == 0)) % VOCABULARY)
         return tokens[len(sequence.tokens) :]
+
+    def _store(self, step: Step) -> None:
+        """The rest of a slot is whatever was there: nobody may ask for it."""
+        for block, slot, tokens in step.stores:
+            assert block != 0
+            assert 0 < tokens <= self.pool.block_size
+            kept = self.memory[block][:tokens]
+            assert None not in kept, "stored before it was computed"
+            self.host[slot] = kept + [None] * (self.pool.block_size - tokens)
+
+    def _load(self, step: Step) -> None:
+        """Into pages that are nobody else's target and that nobody shares."""
+        targets = [block for _, block, _ in step.loads] + [target for _, target, _ in step.copies]
+        assert len(set(targets)) == len(targets)
+        for slot, block, tokens in step.loads:
+            assert block != 0
+            assert self.pool.holders(block) == 1, "loaded while shared"
+            assert 0 < tokens <= self.pool.block_size
+            assert None not in self.host[slot][:tokens], "loaded what was never stored"
+            self.memory[block][:tokens] = self.host[slot][:tokens]
 
     def _copy(self, step: Step) -> None:
         """In list order, which must come to the same as reading every source first."""

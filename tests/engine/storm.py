@@ -109,7 +109,8 @@ class Storm:
         self.runner = RecordingRunner(self.pool)
         self.answers: dict[tuple[int, int], Answer] = {}
         self.flight: tuple[Step, StepResult] | None = None
-        self.num_copies = 0
+        self.raises = False
+        self.num_copies = self.num_stores = self.num_loads = 0
 
     # ---- what clients do
 
@@ -159,6 +160,12 @@ class Storm:
             self.now += 0.01
             self._deliver(self.scheduler.update(step, result))
 
+    def launch_in_vain(self) -> None:
+        """The next step's launch raises: nothing of it was done."""
+        self.collect()
+        self.raises = self.scheduler.has_work
+        self.launch()
+
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self.collect()
@@ -189,6 +196,11 @@ class Storm:
         chunks = [sequence for sequence in line.running if sequence.num_due > 1]
         assert not chunks or rows.intersection(chunks), "prompts stand still"
         self.num_copies += len(step.copies)
+        self.num_stores += len(step.stores)
+        self.num_loads += len(step.loads)
+        if self.raises:
+            self.raises = False
+            return step, StepResult.failed(step, "raised before it began")
         return step, self.runner.run(step)
 
     def _deliver(self, deliveries: Deliveries) -> None:
@@ -257,3 +269,6 @@ class Storm:
         assert proposed <= counters.spec_draft_tokens, "some were for choices gone by then"
         assert accepted <= counters.spec_accepted_tokens <= self.runner.num_accepted
         assert counters.spec_drafts <= counters.spec_draft_tokens
+        assert 0 <= counters.host_hits <= counters.prefix_hits
+        assert (counters.host_stores, counters.host_loads) == (self.num_stores, self.num_loads)
+        assert counters.host_evictions == self.pool.host.num_evictions

@@ -26,7 +26,8 @@ def fill(pool: BlockPool, *tokens: int) -> list[int]:
     """Blocks that hold these tokens, computed and registered."""
     blocks = [pool.allocate() for _ in range(pool.pages_for(len(tokens)))]
     for i, digest in enumerate(names(*tokens)):
-        pool.register(blocks[i * GRAIN // PAGE], digest)
+        page, start = divmod(i * GRAIN, PAGE)
+        pool.register(blocks[page], digest, start + GRAIN)
     return blocks
 
 

@@ -14,6 +14,7 @@ from service.engine.capacity import (
     limits_that_keep_pace,
     limits_wanted,
     num_blocks,
+    num_host_slots,
 )
 from service.engine.options import EngineOptions
 
@@ -44,6 +45,15 @@ def test_what_does_not_fit_is_refused_with_the_setting_to_change() -> None:
         num_blocks(options(kv_cache_memory=50 * PAGE), LIMITS, PAGE, PAGE, 20 * PAGE)
     with pytest.raises(NotEnoughMemory, match="lower block_size"):
         num_blocks(options(), LIMITS, PAGE, PAGE, PLENTY)
+
+
+def test_host_memory_is_counted_in_whole_pages_and_refused_with_the_setting_to_change() -> None:
+    assert num_host_slots(options(), PAGE, PLENTY) == 0
+    assert num_host_slots(options(host_cache_memory=5 * PAGE + 1), PAGE, PLENTY) == 5
+    with pytest.raises(NotEnoughMemory, match=r"host_cache_memory is 5\.0 MiB, 4\.0 MiB are"):
+        num_host_slots(options(host_cache_memory=5 * PAGE), PAGE, 4 * PAGE)
+    with pytest.raises(NotEnoughMemory, match="lower block_size"):
+        num_host_slots(options(host_cache_memory=PAGE - 1), PAGE, PLENTY)
 
 
 def test_the_length_follows_the_cache_unless_it_was_asked_for() -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from model.host_cache import HostCache
 from service.engine import runner as runner_module
 from service.engine.blocks import BlockPool
+from service.engine.host_slots import HostSlots
 from service.engine.loading import Loaded, choose_device, load, warm_up
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.options import EngineOptions
 from service.engine.scheduler import Scheduler
-from tests.engine.checkpoints import write_tiny_llama
+from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
 BLOCK, NUM_BLOCKS, CHUNK = 32, 40, 24
 PROMPT = [(7 * i) % 150 + 3 for i in range(70)]
@@ -39,9 +42,8 @@ def network(folder: Path) -> LlamaForCausalLM:
     return write_tiny_llama(folder)
 
 
-@pytest.fixture(scope="module")
-def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
-    options = EngineOptions(
+def options(folder: Path, **fields: object) -> EngineOptions:
+    return EngineOptions(
         model=str(folder),
         socket="",
         device="cpu",
@@ -50,23 +52,24 @@ def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
         num_kv_blocks=NUM_BLOCKS,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=16,
+        **fields,  # type: ignore[arg-type]
     )
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
     heard: list[float] = []
-    loaded = load(options, heard.append)
+    loaded = load(options(folder), heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
     return loaded
 
 
-def answer(loaded: Loaded, *submits: Submit) -> dict[tuple[int, int], list[Output]]:
-    """Every output by (request, choice), with a scheduler and a pool of its own."""
-    limits = loaded.limits
-    scheduler = Scheduler(
-        BlockPool(loaded.num_blocks, limits.block_size),
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-    )
+def answer(
+    loaded: Loaded, *submits: Submit, scheduler: Scheduler | None = None
+) -> dict[tuple[int, int], list[Output]]:
+    """Every output by (request, choice); by default with a scheduler and a pool of its own."""
+    scheduler = scheduler or scheduler_of(loaded)
     answers: dict[tuple[int, int], list[Output]] = {}
     for submit in submits:
         scheduler.add(submit)
@@ -75,6 +78,16 @@ def answer(loaded: Loaded, *submits: Submit) -> dict[tuple[int, int], list[Outpu
             for output in outputs:
                 answers.setdefault((output.id, output.choice), []).append(output)
     return answers
+
+
+def scheduler_of(loaded: Loaded) -> Scheduler:
+    limits, host = loaded.limits, HostSlots(loaded.num_host_slots)
+    return Scheduler(
+        BlockPool(loaded.num_blocks, limits.block_size, host=host),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+    )
 
 
 def tokens(outputs: list[Output]) -> list[int]:
@@ -150,3 +163,95 @@ def test_a_warm_up_leaves_nothing_behind(loaded: Loaded) -> None:
 def test_a_device_that_is_not_there_is_a_readable_error() -> None:
     with pytest.raises(ValueError, match="device cuda:63 is not there"):
         choose_device("cuda:63")
+
+
+# ---- quantized pages
+
+
+@pytest.fixture(scope="module", params=["fp8", "int8"])
+def quantized(request: pytest.FixtureRequest, folder: Path, network: LlamaForCausalLM) -> Loaded:
+    return load(options(folder, kv_cache_dtype=request.param), lambda _: None)
+
+
+def test_quantized_pages_give_about_the_same_logprobs(
+    quantized: Loaded, network: LlamaForCausalLM
+) -> None:
+    name = quantized.facts["kv_cache_dtype"]
+    assert quantized.facts["dtype"] == "float32"
+    assert name in quantized.facts["attention"] or "bf16" in quantized.facts["attention"]
+    submit = Submit(1, PROMPT, [greedy(max_tokens=1)], prompt_logprobs=0)
+    known = answer(quantized, submit)[1, 0][0].prompt_logprobs
+    assert known is not None
+    with torch.inference_mode():
+        expected = network(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    moved = [
+        abs(one.logprob - expected[i, PROMPT[i + 1]].item())
+        for i, one in enumerate(known[1:])
+        if one is not None
+    ]
+    # Weights so wide that nearly every logit depends on one key: bounds of such a network alone.
+    assert 0 < sum(moved) / len(moved) < {"fp8": 0.5, "int8": 0.1}[name]
+
+
+def test_quantized_answers_are_the_same_alone_together_and_from_the_prefix_cache(
+    quantized: Loaded,
+) -> None:
+    submits = [Submit(i, PROMPT[: 70 - 8 * i], [greedy()] * (1 + i % 2)) for i in range(4)]
+    together = answer(quantized, *submits, Submit(9, PROMPT, [greedy()]))
+    for submit in submits:
+        alone = answer(quantized, submit)
+        for choice in range(len(submit.settings)):
+            assert tokens(together[submit.id, choice]) == tokens(alone[submit.id, 0])
+    assert tokens(together[9, 0]) == tokens(together[0, 0])
+
+
+def test_a_row_that_is_no_number_leaves_none_in_quantized_pages(quantized: Loaded) -> None:
+    before = answer(quantized, Submit(1, PROMPT[:3], [greedy()]))[1, 0]
+    bad = [*PROMPT[:25], NAN_TOKEN, *PROMPT]
+    failed = answer(quantized, Submit(1, bad, [greedy()]))[1, 0]
+    assert failed[-1].finish_reason == "error"
+    cache = quantized.runner.cache
+    for layer in range(len(cache.keys)):
+        assert all(
+            bool(each.isfinite().all()) for each in cache.read(layer, [1, 2, 3], torch.float32)
+        )
+    after = answer(quantized, Submit(1, PROMPT[:3], [greedy()]))[1, 0]
+    assert tokens(after) == tokens(before)
+
+
+# ---- host memory
+
+
+@pytest.mark.parametrize("staged", [None, 2])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
+def test_a_prompt_from_host_memory_is_continued_as_before(
+    folder: Path, network: LlamaForCausalLM, kv_cache_dtype: str, staged: int | None
+) -> None:
+    """Seven pages for prompts of three: each makes room for the next, and comes back."""
+    wanted = options(folder, kv_cache_dtype=kv_cache_dtype, host_cache_memory=1 << 20)
+    cramped = msgspec.structs.replace(wanted, num_kv_blocks=8, max_model_len=200)
+    loaded = load(cramped, lambda _: None)
+    assert loaded.num_host_slots > 20
+    if staged:  # the way pages take on CUDA
+        loaded.runner.host = HostCache(loaded.runner.cache, loaded.num_host_slots, staged)
+    scheduler = scheduler_of(loaded)
+    prompts = [[(7 * i + shift) % 150 + 3 for i in range(90)] for shift in range(0, 40, 8)]
+    first, again = (
+        [
+            answer(loaded, Submit(i, prompt, [greedy(logprobs=0)]), scheduler=scheduler)[i, 0]
+            for i, prompt in enumerate(prompts)
+        ]
+        for _ in range(2)
+    )
+    assert [outputs[0].cached_tokens for outputs in first] == [0] * 5
+    assert all((outputs[0].cached_tokens or 0) >= 64 for outputs in again)
+    assert [tokens(outputs) for outputs in again] == [tokens(outputs) for outputs in first]
+    for one, other in zip(first, again, strict=True):
+        known, found = (each[0].logprobs for each in (one, other))
+        assert known is not None
+        assert found is not None
+        assert found[0].logprob == pytest.approx(known[0].logprob, abs=1e-4)
+    counters = scheduler.counters
+    assert counters.host_hits >= 4 * 64
+    assert counters.host_loads >= 8
+    scheduler.pool.check()

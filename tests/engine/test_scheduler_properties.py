@@ -1,8 +1,8 @@
 """Random storms of submits, cancels, deadlines and failures over pools of a few pages.
 
-The runner remembers what every page holds (recording_runner.py), so each step proves that every
-position reads its own prefix: copy-on-write, eviction, preemption and sharing cannot go wrong
-unseen.
+The runner remembers what every page and every host slot holds (recording_runner.py), so each step
+proves that every position reads its own prefix: copy-on-write, eviction, preemption, sharing and
+the way to host memory and back cannot go wrong unseen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from service.engine.blocks import BlockPool
+from service.engine.host_slots import HostSlots
 from service.engine.messages import SamplingSettings, Submit
 from service.engine.speculation import SpeculationLimits
 from tests.engine.recording_runner import END, VOCABULARY
@@ -68,6 +69,7 @@ class StormMachine(RuleBasedStateMachine):
         budget=st.integers(1, 40),
         caching=st.booleans(),
         speculation=speculations,
+        slots=st.integers(0, 12),
     )
     def start(
         self,
@@ -76,8 +78,10 @@ class StormMachine(RuleBasedStateMachine):
         budget: int,
         caching: bool,
         speculation: SpeculationLimits,
+        slots: int,
     ) -> None:
-        pool = BlockPool(num_blocks, PAGE, GRAIN, enable_prefix_caching=caching)
+        host = HostSlots(slots)
+        pool = BlockPool(num_blocks, PAGE, GRAIN, enable_prefix_caching=caching, host=host)
         self.storm = Storm(pool, max_num_seqs, budget, speculation=speculation)
         self.numbers = 0
 
@@ -108,6 +112,10 @@ class StormMachine(RuleBasedStateMachine):
     @rule()
     def launch(self) -> None:
         self.storm.launch()
+
+    @rule()
+    def launch_in_vain(self) -> None:
+        self.storm.launch_in_vain()
 
     @rule(failing=st.sampled_from([None, None, None, 0, 1, 5]))
     def collect(self, failing: int | None) -> None:
@@ -143,7 +151,10 @@ test_any_order_of_events_keeps_the_books_and_the_texts = StormMachine.TestCase
 @pytest.mark.parametrize("seed", range(40))
 def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> None:
     dice = random.Random(seed)
-    pool = BlockPool(dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0)
+    host = HostSlots(dice.choice([0, 1, 3, 8, 40]))
+    pool = BlockPool(
+        dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0, host=host
+    )
     storm = Storm(pool, dice.randint(1, 8), dice.randint(1, 60), 60, 2000, SPECULATION)
     for number in range(60):
         while dice.random() < 0.5:
@@ -156,6 +167,8 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> Non
             storm.cancel(client, cancelled, dice.choice([None, 0, 1]))
         if dice.random() < 0.1:
             storm.collect(dice.randint(0, 5))
+        if dice.random() < 0.05:
+            storm.launch_in_vain()
         if dice.random() < 0.1:
             storm.let_time_pass(dice.choice([0.5, 3.0]))
         storm.check()

@@ -52,7 +52,7 @@ class Fed:
 
     def __init__(self, model: Llama, block_size: int = 16, num_blocks: int = 120, seed: int = 0):
         self.model, self.block_size = model, block_size
-        self.cache = KVCache(model.config, num_blocks, block_size, model.dtype, model.device)
+        self.cache = KVCache(model.config, num_blocks, block_size, model.cache_dtype, model.device)
         self.builder = BatchBuilder(2_048, 40, num_blocks, block_size, model.device)
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)

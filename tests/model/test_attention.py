@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import attention_cpu
+from model import attention_cpu, attention_decode
 from model.attention import BACKENDS, UnknownBackend, choose_backend, gathered, reference
 from model.attention_cpu import cpu_attention
 from model.attention_decode import make_decode_plan
 from model.batch import Batch, BatchBuilder, BatchRow
+from model.kv_format import KV_CACHE_DTYPES, Pages, dequantize, quantize
 
 FAST = {"cpu": cpu_attention, "sdpa": gathered}
 WINDOWS = (None, 1, 5, 70)
@@ -26,13 +28,33 @@ class Case:
     keys: Tensor
     values: Tensor
     batch: Batch
+    scales: Tensor | None = None
 
     def check(self, window: int | None = None, tolerance: float = 2e-5) -> None:
-        wanted = reference(self.q, self.keys, self.values, self.batch, 0.3, window)
+        wanted = self.attend(reference, window)
         for name, backend in FAST.items():
-            mine = backend(self.q, self.keys, self.values, self.batch, 0.3, window)
+            mine = self.attend(backend, window)
             assert mine.dtype == self.q.dtype
             torch.testing.assert_close(mine, wanted, atol=tolerance, rtol=tolerance, msg=name)
+
+    def attend(self, backend: Callable[..., Tensor], window: int | None = None) -> Tensor:
+        pools = (self.keys, self.values)
+        return backend(self.q, *pools, self.batch, 0.3, window, self.scales)
+
+    def stored_as(self, name: str) -> Case:
+        """The same in another number format; pages nobody holds are no numbers in it either."""
+        pages = torch.stack((self.keys, self.values))
+        stored, scales = quantize(pages, KV_CACHE_DTYPES[name])
+        if scales is not None:
+            scales[pages.isnan().any(-1)] = float("nan")
+        elif stored.dtype == torch.float8_e4m3fn:
+            stored.view(torch.uint8)[pages.isnan()] = 0x7F
+        return Case(self.q, *stored.unbind(), self.batch, scales)
+
+    def as_read(self) -> Case:
+        """With the numbers the stored ones stand for, as float32."""
+        stored = torch.stack((self.keys, self.values))
+        return Case(self.q, *dequantize(stored, self.scales, torch.float32), self.batch)
 
 
 def case(
@@ -153,6 +175,72 @@ def test_large_scores_do_not_overflow() -> None:
     loud.check(tolerance=1e-3)
 
 
+# --------------------------------------------------------------------------- other formats
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(12))
+def test_pages_in_other_formats_give_what_their_numbers_give(name: str, seed: int) -> None:
+    stored = random_case(seed).stored_as(name)
+    for window in WINDOWS:
+        stored.check(window)
+        wanted, found = (each.attend(reference, window) for each in (stored.as_read(), stored))
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_quantized_pages_are_widened_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages side by side too: never more of the pool at once than stays in the cache."""
+    monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 20_000)  # three pages
+    rows = [BatchRow([1], 16 * 20 - 3, list(range(1, 21)), 1), BatchRow([1], 9, [21], 1)]
+    stored = case(rows, 16, num_pages=30, kv_heads=3).stored_as(name)
+    largest: list[int] = []
+    unscaled = Pages.unscaled
+
+    def watched(self: Pages, which: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        numbers, scales = unscaled(self, which)
+        largest.append(len(numbers))
+        return numbers, scales
+
+    monkeypatch.setattr(Pages, "unscaled", watched)
+    for window in WINDOWS:
+        stored.check(window)
+    assert max(largest) == 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_answers_move_no_further_than_quantized_keys_and_values_allow(name: str, seed: int) -> None:
+    """Scores off by at most e change shares by a factor within exp(+-2e), so an answer moves by at
+    most (exp(2e) - 1) times the largest value, and by the values' own error."""
+    exact = random_case(seed)
+    stored = exact.stored_as(name)
+    before, after = exact.attend(reference), stored.attend(reference)
+    key_error, value_error = (_allowed_error(pages, name) for pages in (exact.keys, exact.values))
+    largest_query = exact.q.abs().sum(-1).max()
+    off = 0.3 * largest_query * key_error
+    bound = torch.expm1(2 * off) * exact.values.nan_to_num().abs().max() + value_error
+    moved = (after - before).abs()
+    assert 0 < moved.max() < bound
+    # On average far less: rounding goes both ways.
+    assert moved.mean() < {"fp8": 0.03, "int8": 0.006}[name]
+
+
+def _allowed_error(pages: Tensor, name: str) -> Tensor:
+    largest = pages.nan_to_num().abs().max()
+    return largest / 16 if name == "fp8" else largest / 254
+
+
+def test_quantized_pages_in_bfloat16_stay_near_float32() -> None:
+    for seed in range(4):
+        for name in ("fp8", "int8"):
+            stored = random_case(seed).stored_as(name)
+            half = Case(
+                stored.q.bfloat16(), stored.keys, stored.values, stored.batch, stored.scales
+            )
+            half.check(tolerance=0.05)
+
+
 # --------------------------------------------------------------------------- plans
 
 
@@ -160,7 +248,7 @@ def plan_of(tables: list[list[int]], size: int = 256, num_pages: int = 400):
     rows = [BatchRow([1], len(table) * size - 1, table, 1) for table in tables]
     made = BatchBuilder(64, 64, 16, size).build(rows)
     pool = torch.empty(num_pages, 3, size, 64, dtype=torch.bfloat16)
-    return make_decode_plan(made, pool, None)
+    return make_decode_plan(made, Pages(pool, None, pool.dtype), None)
 
 
 def test_pages_side_by_side_are_read_in_place() -> None:

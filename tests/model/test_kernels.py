@@ -16,6 +16,8 @@ from model.kernels import (
     load_kernels,
     reference,
 )
+from model.kv_format import dequantize
+from model.kv_format import quantize as quantize_pages
 from model.quantization import QuantizedWeight, quantize
 
 EPS = 1e-5
@@ -150,6 +152,69 @@ def test_chunks_of_long_prompts(kernels: Kernels, window: int | None) -> None:
 def test_queries_and_keys_are_normed_where_the_network_asks(kernels: Kernels) -> None:
     check_attention(kernels, 64, 8, 2, None, [3, 40], page_size=32, normed=True)
     check_attention(kernels, 64, 8, 2, None, [3, 40], page_size=32, normed=True, lengths=[1, 20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [1, 40, 300]])
+def test_quantized_pages_are_written_and_read_as_the_cache_does(
+    kernels: Kernels, dtype: torch.dtype, lengths: list[int]
+) -> None:
+    contexts, tables = [7, 90, 300], torch.arange(1, 16).view(3, 5).int()
+    angles = torch.rand(sum(lengths), 24) * 6
+    rows = paged_rows(angles, tables, contexts, lengths)
+    qkv = draw(sum(lengths), 8 * 48, scale=3.0)
+    wide = [draw(16, 2, 64, 48) for _ in range(2)]
+    stored = [quantize_pages(each, dtype) for each in wide]
+    key_scales, value_scales = (scales for _, scales in stored)
+    mine = kernels.paged_attention(
+        qkv,
+        stored[0][0],
+        stored[1][0],
+        rows,
+        scale=0.15,
+        key_scales=key_scales,
+        value_scales=value_scales,
+    )
+    read = [dequantize(*each, torch.bfloat16) for each in stored]
+    fresh = [each.clone() for each in read]  # the new tokens are in there already: written again
+    wanted = reference.paged_attention(qkv, *fresh, rows, scale=0.15)
+    lost = float((mine.float() - wanted.float()).norm() / wanted.float().norm())
+    assert lost < (0.1 if dtype.is_floating_point else 0.02)
+    for own, plain in zip(read, fresh, strict=True):
+        step = plain.float().abs().amax(-1, keepdim=True) / (16 if dtype.is_floating_point else 126)
+        assert bool(((own.float() - plain.float()).abs() <= step).all())
+
+
+def test_bits_of_quantized_pages_are_the_caches_own(kernels: Kernels) -> None:
+    """A page written by the kernels may be read by PyTorch and the other way round."""
+    values = torch.cat(
+        (torch.tensor([0.0, 448.0, 500.0, -1e-3, 2**-7, 1.5 * 2**-9, 0.3]), torch.randn(57))
+    )
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        keys, pool = (torch.zeros(2, 1, 32, 64).to(dtype) for _ in range(2))
+        scales = [torch.zeros(2, 1, 32) for _ in range(2)]
+        qkv = torch.cat((torch.zeros(128), values)).bfloat16().unsqueeze(0)
+        rows = paged_rows(torch.zeros(1, 32), torch.ones(1, 1).int(), [5], [1])
+        kernels.paged_attention(
+            qkv, keys, pool, rows, scale=1.0, key_scales=scales[0], value_scales=scales[1]
+        )
+        wanted, scale = quantize_pages(values.bfloat16(), dtype)
+        assert torch.equal(pool[1, 0, 4].view(torch.uint8), wanted.view(torch.uint8))
+        if scale is not None:
+            assert float(scales[1][1, 0, 4]) == float(scale)
+
+
+def test_what_is_no_number_is_never_stored(kernels: Kernels) -> None:
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        keys, pool = (torch.zeros(2, 1, 32, 64).to(dtype) for _ in range(2))
+        scales = [torch.zeros(2, 1, 32) for _ in range(2)]
+        rows = paged_rows(torch.zeros(1, 32), torch.ones(1, 1).int(), [5], [1])
+        qkv = torch.full((1, 192), float("nan")).bfloat16()
+        kernels.paged_attention(
+            qkv, keys, pool, rows, scale=1.0, key_scales=scales[0], value_scales=scales[1]
+        )
+        assert not pool.view(torch.uint8).any()
+        assert not scales[1].any()
 
 
 def test_large_scores_do_not_overflow(kernels: Kernels) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import attention_triton
 from model.attention_cuda import triton_attention
+from model.kv_format import dequantize, quantize
 from tests.model.paged_reference import PagedCase, random_case, reference
 
 DECODES = [(1, 5), (1, 16), (1, 17), (1, 1), (1, 90)]
@@ -92,3 +93,46 @@ def test_a_row_is_summed_in_the_same_order_alone_and_in_a_batch() -> None:
         pages = (case.k_pages, case.v_pages)
         attention_triton.decode(case.q[only], *pages, tables, contexts, case.scale, None, alone)
         assert torch.equal(alone[0], together[row])
+
+
+QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_quantized_pages_are_read_as_what_they_hold(
+    name: str, dtype: torch.dtype, window: int | None
+) -> None:
+    case = random_case(DECODES + CHUNKS, shared_pages=1)
+    stored, scales = quantize(torch.stack((case.k_pages, case.v_pages)), QUANTIZED[name])
+    q = case.q.to(dtype)
+    out = triton_attention(q, *stored.unbind(), case.batch, case.scale, window, scales)
+    case.k_pages, case.v_pages = dequantize(stored, scales, torch.float32)
+    case.q = q.float()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(out.float(), reference(case, window), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("head_size", [80, 128, 256])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_pages_of_any_shape(name: str, head_size: int) -> None:
+    rows = [(1, 70), (1, 1), (4, 37)]
+    case = random_case(rows, heads=6, kv_heads=2, head_size=head_size, page=48)
+    stored, scales = quantize(torch.stack((case.k_pages, case.v_pages)), QUANTIZED[name])
+    out = triton_attention(case.q, *stored.unbind(), case.batch, case.scale, None, scales)
+    case.k_pages, case.v_pages = dequantize(stored, scales, torch.float32)
+    torch.testing.assert_close(out, reference(case), atol=1e-5, rtol=1e-5)
+
+
+def test_every_code_of_fp8_is_read_as_its_number() -> None:
+    """One key of value 0 and one of each code: a lone value is what the answer is."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
+    for half in (codes[:126], codes[128:254]):  # without NaN
+        case = random_case([(1, 1)], heads=1, kv_heads=1, head_size=128, page=16)
+        values = torch.zeros_like(case.v_pages).to(torch.float8_e4m3fn)
+        page = int(case.batch.block_tables[0, 0])
+        values.view(torch.uint8)[page, 0, 0, :126] = half.view(torch.uint8)
+        keys = torch.zeros_like(values)
+        out = triton_attention(case.q, keys, values, case.batch, case.scale, None)
+        assert torch.equal(out[0, 0, :126], half.float())
