@@ -7,7 +7,7 @@ from bisect import bisect_right
 KNOTS = tuple(1 << power for power in range(11))  # rows
 WEIGHT = 0.2  # of the newest step
 KINSHIP = 0.25  # how far the sizes that were not seen follow those that were
-FORGETTING = 0.001  # of what larger sizes cost more, with every step that did not see them
+FORGETTING = 0.002  # of what larger sizes cost more, with every step that did not see them
 LEAP = 4.0  # a step that took more times its estimate than this tells of the machine, not of rows
 
 

@@ -92,7 +92,7 @@ def test_costs_are_lines_between_what_was_measured() -> None:
 def test_a_size_that_was_expensive_once_is_tried_again() -> None:
     """A hiccup of the machine while it was measured does not forbid guesses for ever."""
     bench = Bench(costs((1, 0.010), (64, 0.011)))
-    bench.scheduler._speculator.costs = costs((1, 0.010), (2, 0.060))
+    bench.scheduler._speculator.costs = costs((1, 0.010), (2, 0.025))
     own = SamplingSettings(max_tokens=180, speculative_method="draft", num_speculative_tokens=8)
     for i in range(8):
         bench.run([Submit(i, [7, 8, 9], [replace(own, seed=i)])])
