@@ -7,6 +7,7 @@ from bisect import bisect_right
 KNOTS = tuple(1 << power for power in range(11))  # rows
 WEIGHT = 0.2  # of the newest step
 KINSHIP = 0.25  # how far the sizes that were not seen follow those that were
+FORGETTING = 0.002  # of what larger sizes cost more, with every step that did not see them
 LEAP = 4.0  # a step that took more times its estimate than this tells of the machine, not of rows
 
 
@@ -14,8 +15,8 @@ class StepCosts:
     """Seconds by rows: straight lines between powers of two, never falling.
 
     Nothing known means that rows cost nothing: they are tried, and their cost is learned. What is
-    seen at one size shifts the others too (contexts grow everywhere), so that no size stays
-    expensive only because it was once.
+    seen at one size shifts the others too (contexts grow everywhere), and what was not seen for
+    hundreds of steps is tried again, so that no size stays expensive only because it was once.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,8 @@ class StepCosts:
         for knot in range(len(KNOTS)):
             near = 1 - share if knot == left else share if knot == left + 1 else 0.0
             self._seconds[knot] *= ratio ** (WEIGHT * max(near, KINSHIP))
+            if knot > left and not near:
+                self._seconds[knot] += FORGETTING * (self._seconds[left] - self._seconds[knot])
         self._straighten()
 
     def _straighten(self) -> None:

@@ -37,7 +37,7 @@ from service.engine.step import Row, Step
 logger = logging.getLogger("pronk.engine")
 
 WARM_UP_ROWS = (1, 8, 32)
-COST_RUNS = 2  # the first of a width may compile something
+COST_RUNS = 3  # the first of a width may compile something
 PROFILE_MARGIN = 1.05  # allocator rounding between the profiled step and real ones
 
 

@@ -40,7 +40,11 @@ async def test_an_answer_has_every_key(client: httpx.AsyncClient) -> None:
         }
     ]
     assert answer["object"] == "chat.completion"
-    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    assert answer["usage"]["completion_tokens_details"] == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    }
 
 
 async def test_messages_go_through_the_template(

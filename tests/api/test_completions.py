@@ -38,7 +38,11 @@ async def test_an_answer_has_every_key(client: httpx.AsyncClient) -> None:
         "completion_tokens": 13,
         "total_tokens": 16,
         "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
     assert answer["object"] == "text_completion"
     assert (answer["model"], answer["system_fingerprint"]) == ("tiny", "fp_test")

@@ -72,11 +72,12 @@ def test_usage_and_metrics_tell_what_was_accepted(server: Running) -> None:
     """The server's default guesses by what stood in the text, here one that repeats itself."""
     before = counted(server)
     accepted, rejected = 0, 0
-    for seed in range(3):
+    for seed in range(60):  # guesses wait for a machine on which they pay
         answer = complete(server, frequency_penalty=-2, temperature=0.2, seed=seed)
-        accepted, rejected = (
-            a + b for a, b in zip((accepted, rejected), guesses(answer), strict=True)
-        )
+        right, wrong = guesses(answer)
+        accepted, rejected = accepted + right, rejected + wrong
+        if accepted:
+            break
     after = counted(server)
     told = {name: after[name] - before[name] for name in after}
     assert accepted > 0

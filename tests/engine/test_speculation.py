@@ -89,6 +89,18 @@ def test_costs_are_lines_between_what_was_measured() -> None:
     assert costs.seconds(8) <= costs.seconds(16) <= costs.seconds(32)
 
 
+def test_a_size_that_was_expensive_once_is_tried_again() -> None:
+    """A hiccup of the machine while it was measured does not forbid guesses for ever."""
+    bench = Bench(costs((1, 0.010), (64, 0.011)))
+    bench.scheduler._speculator.costs = costs((1, 0.010), (2, 0.025))
+    own = SamplingSettings(max_tokens=180, speculative_method="draft", num_speculative_tokens=8)
+    for i in range(8):
+        bench.run([Submit(i, [7, 8, 9], [replace(own, seed=i)])])
+        if i == 0:
+            assert bench.scheduler.counters.spec_draft_tokens == 0
+    assert bench.scheduler.counters.spec_accepted_tokens > 200
+
+
 @dataclass
 class Bench:
     """A scheduler over a runner whose steps take the time their rows cost."""
