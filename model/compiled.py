@@ -177,6 +177,8 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, "cpu (PyTorch: the compiled kernels take bf16)"
     if not _has_kernel_shape(model):
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
+    if model.quantization != "none":
+        return None, "cpu (PyTorch: the compiled kernels take bf16 weights)"
     kernels = load_kernels()
     usable, why = kernel_status()
     if kernels is None or not usable:

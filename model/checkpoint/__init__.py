@@ -54,15 +54,17 @@ def load_model(
     device: str | torch.device = "cpu",
     attention: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    quantization: str = "auto",
 ) -> Llama:
     """The network of a local checkpoint, filled, packed and in eval mode.
 
-    ``progress`` is called with (bytes done, bytes in all) after every tensor. Raises
-    CheckpointError, or the config's own UnsupportedModel and InvalidConfig; all are ValueErrors.
+    ``quantization``: auto (as the checkpoint is), none, int8, int4 or fp8. ``progress`` is called
+    with (bytes done, bytes in all) after every tensor. Raises CheckpointError, or the config's own
+    UnsupportedModel and InvalidConfig; all are ValueErrors.
     """
     from model.checkpoint.loading import load
 
-    return load(inspect(path), dtype, device, attention, progress)
+    return load(inspect(path), dtype, device, attention, progress, quantization)
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

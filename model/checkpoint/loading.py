@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from model.checkpoint.errors import CheckpointError, some_names
 from model.checkpoint.inspection import Checkpoint
 from model.checkpoint.stored import StoredTensor, Weights
 from model.llama import Llama, WeightSlot
+from model.schemes import check_scheme, dense
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -35,13 +37,16 @@ def load(
     device: str | torch.device,
     attention: str,
     progress: Progress | None,
+    quantization: str = "auto",
 ) -> Llama:
     device = torch.device(device)
+    check_scheme(quantization, device)
     weights = _settle_tying(_open(checkpoint))
     _check_layers(weights)
     _check_sizes(checkpoint, weights)
     wanted = resolve_dtype(dtype, weights.config.dtype, device)
     model = Llama(weights.config, wanted, device, attention=attention)
+    model.quantize(quantization)
     fill(model.slots(), weights, wanted, progress)
     model.pack()
     return model.eval()
@@ -106,6 +111,8 @@ def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
     with one.read(torch.float32) as left, other.read(torch.float32) as right:
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            left, right = dense(left), dense(right)
         return torch.equal(left[:1], right[:1]) and torch.equal(left, right)
 
 

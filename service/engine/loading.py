@@ -58,7 +58,10 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         device=device,
         attention=options.attention_backend,
         progress=lambda done, total: progress(done / max(1, total)),
+        quantization=options.quantization,
     )
+    if "dense" in model.quantization:
+        logger.warning("not all linear layers are quantized: %s", model.quantization)
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
     block_bytes = sum(
@@ -249,6 +252,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "parameters": str(model.num_parameters),
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
         "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
