@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.random_checkpoint import SHAPES
+from model.schemes import SCHEMES
 from service.bench.rates import read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,6 +38,7 @@ def config_of(shape: str) -> ModelConfig:
 def random_model(config: ModelConfig, options: argparse.Namespace) -> Llama:
     dtype = getattr(torch, options.dtype)
     model = Llama(config, dtype, options.device, options.attention)
+    model.quantize(options.quantization)
     generator = torch.Generator().manual_seed(0)
     for slot in model.slots().values():
         slot.fill(torch.empty(slot.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator))
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--quantization", choices=SCHEMES, default="none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--threads", type=int, default=None)
@@ -113,7 +116,7 @@ def main() -> None:
 def report(bench: Bench, options: argparse.Namespace) -> None:
     model = bench.model
     print(f"{options.shape}, {options.dtype}, {model.num_parameters / 1e6:.0f} M parameters")
-    print(f"{torch.get_num_threads()} threads, {model.path}")
+    print(f"{torch.get_num_threads()} threads, {model.path}; quantized: {model.quantization}")
     print(f"{'rows':>5} {'context':>8} {'ms a step':>10} {'tokens/s':>9}")
     alone = None
     for rows in options.rows:
@@ -127,7 +130,7 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
         bandwidth = read_bandwidth()
         print(f"memory read: {bandwidth / 1e9:.1f} GB/s")
         if alone is not None:
-            bound = model.weight_bytes / bandwidth
+            bound = model.read_bytes / bandwidth
             print(f"one row reaches {bound / alone:.0%} of that bound ({bound * 1e3:.1f} ms)")
 
 
