@@ -31,7 +31,7 @@ from model.kernels import (
     kernel_status,
     load_kernels,
 )
-from model.kernels.packing import PANEL
+from model.kernels.packing import PANEL, can_pack
 from model.kv_cache import KVCache
 from model.kv_format import format_name
 from model.layers import Linear
@@ -191,6 +191,8 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, f"cpu (PyTorch: {why})"
     for module in model.modules():
         if isinstance(module, Linear):
+            if not can_pack(module.held):
+                module.widen()
             module.pack(kernels.pack)
     return CompiledNetwork(model, kernels), f"cpu with {why}"
 
