@@ -185,6 +185,8 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, f"cpu (PyTorch: the compiled kernels read no {name} pages)"
     if not _has_kernel_shape(model):
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
+    if model.quantization != "none":
+        return None, "cpu (PyTorch: the compiled kernels take bf16 weights)"
     kernels = load_kernels()
     usable, why = kernel_status()
     if kernels is None or not usable:

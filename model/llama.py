@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,9 +17,11 @@ from model.attention import attention, choose_backend
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import Embedding, Linear, RMSNorm, WeightSlot, pack_for_onednn
+from model.layers import Embedding, Linear, Packed, RMSNorm, WeightSlot, pack_for_onednn
 from model.parallel import ParallelGroup
+from model.products import pack_quantized
 from model.rope import Rope, rotate, spread
+from model.schemes import BITS, AnyWeight, Quantized, check_scheme
 
 if TYPE_CHECKING:
     from model.compiled import CompiledNetwork
@@ -105,9 +108,29 @@ class Llama(nn.Module):
         slot = self.embedding.slot()
         return WeightSlot(slot.shape, self._fill_tied) if self.config.tie_embeddings else slot
 
-    def _fill_tied(self, tensor: Tensor) -> None:
+    def _fill_tied(self, tensor: AnyWeight) -> None:
+        """The embedding is dense; the head is the same tensor, or a quantized copy of it."""
         self.embedding.slot().fill(tensor)
-        self.head.weight = self.embedding.weight
+        head = self.embedding.weight if self.head.scheme == "none" else self.head.kept(tensor)
+        if isinstance(head, Tensor):
+            self.head.weight = self.embedding.weight
+        else:
+            self.head.slots(["lm_head"], has_bias=False)["lm_head.weight"].fill(head)
+
+    def quantize(self, scheme: str) -> None:
+        """How linear layers hold what they are filled with from now on (schemes.SCHEMES).
+
+        The head, which every step reads whole and whose errors no later layer evens out, keeps 8
+        bits. Raises ValueError for a scheme that is not known or not for this device.
+        """
+        check_scheme(scheme, self.device)
+        for module in self._linears():
+            module.scheme = scheme
+        if scheme in BITS:
+            self.head.scheme = "int8"
+
+    def _linears(self) -> list[Linear]:
+        return [module for module in self.modules() if isinstance(module, Linear)]
 
     def pack(self, *, compiled: bool = True) -> None:
         """Settles how the weights are read, once every slot is filled.
@@ -121,9 +144,13 @@ class Llama(nn.Module):
         if self.compiled is not None:
             self._share_packed_head()
             return
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(pack_for_onednn)
+        for module in self._linears():
+            module.pack(self._pack_for_pytorch)
+
+    def _pack_for_pytorch(self, weight: AnyWeight) -> Packed | None:
+        if isinstance(weight, Quantized):
+            return pack_quantized(weight, self.dtype)
+        return pack_for_onednn(weight)
 
     def _share_packed_head(self) -> None:
         """A tied embedding looks up the head's panels: one copy of the largest matrix."""
@@ -140,8 +167,37 @@ class Llama(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """What a step over all weights reads, on one rank."""
-        return self.num_parameters * self.dtype.itemsize // self.group.size
+        """What all weights take, on one rank."""
+        embedding = self.embedding.weight.numel() * self.dtype.itemsize
+        return self.read_bytes + (0 if self._is_head_shared else embedding)
+
+    @property
+    def read_bytes(self) -> int:
+        """What a decode step reads of them: all but the embedding's other rows."""
+        norms = sum(m.weight.numel() for m in self.modules() if isinstance(m, RMSNorm))
+        linears = sum(linear.num_bytes for linear in self._linears())
+        return linears + norms * self.dtype.itemsize
+
+    @property
+    def _is_head_shared(self) -> bool:
+        return self.config.tie_embeddings and not self.head.quantized_as
+
+    @property
+    def quantization(self) -> str:
+        """In words: "int4 weights, groups of 32; head: int8 weights, groups of 64", or "none"."""
+        layers = [linear for linear in self._linears() if linear is not self.head]
+        kinds = Counter(linear.quantized_as for linear in layers)
+        dense, head = kinds.pop("", 0), self.head.quantized_as
+        words = [
+            kind if len(kinds) == 1 else f"{count} x {kind}" for kind, count in kinds.most_common()
+        ]
+        if kinds and dense:
+            words.append(f"{dense} of {len(layers)} linear layers dense")
+        if head and list(kinds) != [head]:
+            words.append(f"head: {head}")
+        elif kinds and not head:
+            words.append("head dense")
+        return "; ".join(words) or "none"
 
 
 class Layer(nn.Module):

@@ -79,6 +79,8 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         facts["attention"],
         facts["torch"],
     )
+    if facts.get("quantization", "none") != "none":
+        logger.info("%s", facts["quantization"])
     logger.info(
         "context %s tokens; KV cache %s tokens in %s; at most %s sequences and %s tokens a step",
         f"{model.context:,}",

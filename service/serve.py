@@ -101,6 +101,7 @@ def engine_options(
         socket="",  # the supervisor makes one
         device=settings.device,
         dtype=DTYPES.get(settings.dtype, settings.dtype),
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -288,5 +289,6 @@ def describe(served: ServedModel, path: Path, settings: Settings) -> None:
     served.vocab_size = config.vocab_size
     served.eos_token_ids = tuple(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_ids]))
     served.generation_defaults = generation_defaults(path)
-    served.fingerprint = fingerprint(path, repr((settings.dtype, settings.device)).encode())
+    chosen = (settings.dtype, settings.device, settings.quantization)
+    served.fingerprint = fingerprint(path, repr(chosen).encode())
     served.tokenizer = tokenizer  # last: its presence says that the rest is there

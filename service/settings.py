@@ -104,6 +104,11 @@ class Settings(BaseSettings):
         description="Number format of weights and cache; auto: the checkpoint's, "
         "or float32 where the processor is slow at it",
     )
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        "auto",
+        description="Weights of linear layers, made while loading; auto: as the checkpoint holds "
+        "them; none: widened; fp8 needs a GPU",
+    )
     tensor_parallel_size: int = Field(
         1, ge=1, description="GPUs one model is split over (only 1 in this version)"
     )

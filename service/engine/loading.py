@@ -63,7 +63,10 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         attention=options.attention_backend,
         cache_dtype=options.kv_cache_dtype,
         progress=lambda done, total: progress(done / max(1, total)),
+        quantization=options.quantization,
     )
+    if "dense" in model.quantization:
+        logger.warning("not all linear layers are quantized: %s", model.quantization)
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
     block_bytes = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
@@ -270,6 +273,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": format_name(model.cache_dtype),
+        "quantization": model.quantization,
         "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),

@@ -12,6 +12,7 @@ class EngineOptions(Struct, frozen=True):
     socket: str  # path of the Unix socket the engine listens on
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantization: str = "auto"  # auto, none, int8, int4, fp8
     max_model_len: int | None = None  # None: the checkpoint's
     max_num_seqs: int | None = None  # None: 64 on a CPU, 256 on a GPU
     max_num_batched_tokens: int | None = None  # None: 512 on a CPU, 8192 on a GPU
