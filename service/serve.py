@@ -289,6 +289,8 @@ def describe(served: ServedModel, path: Path, settings: Settings) -> None:
     served.vocab_size = config.vocab_size
     served.eos_token_ids = tuple(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_ids]))
     served.generation_defaults = generation_defaults(path)
-    chosen = (settings.dtype, settings.device, settings.quantization)
+    chosen: tuple[str, ...] = (settings.dtype, settings.device)
+    if settings.quantization != "auto":
+        chosen += (settings.quantization,)
     served.fingerprint = fingerprint(path, repr(chosen).encode())
     served.tokenizer = tokenizer  # last: its presence says that the rest is there

@@ -65,7 +65,7 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         progress=lambda done, total: progress(done / max(1, total)),
         quantization=options.quantization,
     )
-    if "dense" in model.quantization:
+    if "layers dense" in model.quantization:
         logger.warning("not all linear layers are quantized: %s", model.quantization)
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
