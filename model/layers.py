@@ -169,6 +169,18 @@ class Linear(nn.Module):
         self.quantized = None
         self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
 
+    def widen_if_slow(self) -> None:
+        """Makes a weight that came quantized and has no fast product dense, in bf16 on a CPU.
+
+        Widening it for every product costs five dense products of one row; in float32 it is not
+        worth the memory, and where a scheme was asked for the memory counts.
+        """
+        is_slow = self.weight.dtype == torch.bfloat16 and self.target.type == "cpu"
+        if self.quantized is None or self.scheme != "auto" or not is_slow:
+            return
+        self.weight, self.quantized = self.quantized.dequantize(self.weight.dtype), None
+        self.quantized_as, self._quantized_bytes = "", 0
+
     @property
     def num_bytes(self) -> int:
         """What weight and bias take on this rank, in the layout they were filled with."""

@@ -146,6 +146,9 @@ class Llama(nn.Module):
             return
         for module in self._linears():
             module.pack(self._pack_for_pytorch)
+            if module.quantized is not None:
+                module.widen_if_slow()
+                module.pack(self._pack_for_pytorch)
 
     def _pack_for_pytorch(self, weight: AnyWeight) -> Packed | None:
         if isinstance(weight, Quantized):

@@ -35,26 +35,26 @@ class Score:
 def score(
     model: Llama,
     texts: Sequence[Sequence[int]],
+    begin: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Scores every token of every text once; ``progress`` hears (tokens done, tokens in all).
 
-    A window begins with the begin token, where the model has one, and then with the half of a
-    window before what is scored. Raises ValueError for ids outside the vocabulary, or no token.
+    A window begins with ``begin``, what the tokenizer puts before a text, and then with the half of
+    a window before what is scored. Raises ValueError for ids outside the vocabulary, or no token.
     """
-    begin = model.config.bos_token_id
-    total = sum(max(0, len(text) - (begin is None)) for text in texts)
+    total = sum(max(0, len(text) - (not begin)) for text in texts)
     if not total:
         raise ValueError("there is no token to score")
     if max(max(text, default=0) for text in texts) >= model.config.vocab_size:
         raise ValueError("the text has tokens that are not in the model's vocabulary")
-    windows = _Windows(model)
+    windows = _Windows(model, len(begin))
     start, loss, done = time.monotonic(), 0.0, 0
     for text in texts:
         for first in range(0, len(text), windows.stride):
             scored = list(text[first : first + windows.stride])
             before = list(text[max(0, first - windows.stride) : first])
-            lead = [*([] if begin is None else [begin]), *before]
+            lead = [*begin, *before]
             if not lead:  # nothing precedes the first token: it cannot be scored
                 lead, scored = scored[:1], scored[1:]
             if scored:
@@ -68,13 +68,14 @@ def score(
 class _Windows:
     """A cache and a batch for one window at a time."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, num_begin: int) -> None:
         self.model = model
-        self.stride = max(1, min(CONTEXT, model.config.max_positions - 1) // 2)
-        pages = -(-(2 * self.stride + 1) // BLOCK_SIZE)
+        self.stride = max(1, min(CONTEXT, model.config.max_positions - num_begin) // 2)
+        longest = 2 * self.stride + num_begin
+        pages = -(-longest // BLOCK_SIZE)
         self.table = list(range(1, pages + 1))
         self.cache = KVCache(model.config, pages + 1, BLOCK_SIZE, model.dtype, model.device)
-        self.builder = BatchBuilder(2 * self.stride + 1, 1, pages, BLOCK_SIZE, model.device)
+        self.builder = BatchBuilder(longest, 1, pages, BLOCK_SIZE, model.device)
 
     def loss(self, lead: list[int], scored: list[int]) -> float:
         """Of ``scored``, each token predicted from all before it."""

@@ -89,7 +89,10 @@ def measure(
     torch.set_num_threads(device.threads or usable_cores())
     with _problems():
         tokenizer = load_tokenizer(path)
-        tokens = [tokenizer.encode(text) for text in _read(texts)]
+        tokens = [
+            tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+            for text in _read(texts)
+        ]
         with _bar(console, f"loading ({what})") as report:
             model = load_model(
                 path,
@@ -99,7 +102,7 @@ def measure(
                 quantization=scheme,
             )
         with _bar(console, f"scoring ({what})") as report:
-            found = score(model, tokens, report)
+            found = score(model, tokens, tokenizer.prefix, report)
     dtype = str(model.dtype).removeprefix("torch.")
     weights = dtype if model.quantization == "none" else model.quantization
     return Measured(what, weights, model.weight_bytes, found)
@@ -171,6 +174,8 @@ def _bar(console: Console, what: str) -> Iterator[Report]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(what, total=1.0)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -22,6 +22,7 @@ from model.kv_cache import KVCache
 from model.kv_format import KV_CACHE_DTYPES, cache_format
 from model.llama import Llama
 from model.random_checkpoint import SHAPES
+from model.schemes import SCHEMES
 from service.bench.rates import read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,6 +40,7 @@ def random_model(config: ModelConfig, options: argparse.Namespace) -> Llama:
     dtype = getattr(torch, options.dtype)
     pages = cache_format(options.kv_cache_dtype, dtype)
     model = Llama(config, dtype, options.device, options.attention, cache_dtype=pages)
+    model.quantize(options.quantization)
     generator = torch.Generator().manual_seed(0)
     for slot in model.slots().values():
         slot.fill(torch.empty(slot.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator))
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--kv-cache-dtype", choices=["auto", *KV_CACHE_DTYPES], default="auto")
+    parser.add_argument("--quantization", choices=SCHEMES, default="none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--threads", type=int, default=None)
@@ -116,7 +119,7 @@ def main() -> None:
 def report(bench: Bench, options: argparse.Namespace) -> None:
     model = bench.model
     print(f"{options.shape}, {options.dtype}, {model.num_parameters / 1e6:.0f} M parameters")
-    print(f"{torch.get_num_threads()} threads, {model.path}")
+    print(f"{torch.get_num_threads()} threads, {model.path}; quantized: {model.quantization}")
     print(f"{'rows':>5} {'context':>8} {'ms a step':>10} {'tokens/s':>9}")
     alone = None
     for rows in options.rows:
@@ -130,7 +133,7 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
         bandwidth = read_bandwidth()
         print(f"memory read: {bandwidth / 1e9:.1f} GB/s")
         if alone is not None:
-            bound = model.weight_bytes / bandwidth
+            bound = model.read_bytes / bandwidth
             print(f"one row reaches {bound / alone:.0%} of that bound ({bound * 1e3:.1f} ms)")
 
 
