@@ -209,7 +209,8 @@ def row_blocks(outputs: int, inputs: int) -> Iterator[slice]:
 
 
 def _scales_8(grouped: Tensor) -> Tensor:
-    return _storable(grouped.abs().amax(-1) / 127)
+    low, high = grouped.aminmax(dim=-1)
+    return _storable(torch.maximum(-low, high) / 127)
 
 
 def _scales_4(grouped: Tensor) -> Tensor:
