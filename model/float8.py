@@ -48,7 +48,8 @@ class Float8Weight:
         """[N, K]; a band of blocks at a time."""
         outputs, inputs = self.shape
         weight = torch.empty(outputs, inputs, dtype=dtype, device=self.values.device)
-        height = self.block[0] * max(1, 256 // self.block[0])
+        tall = 256 if self.values.device.type == "cpu" else 1 << 14
+        height = self.block[0] * max(1, tall // self.block[0])
         for start in range(0, outputs, height):
             rows = slice(start, min(start + height, outputs))
             weight[rows] = self.values[rows].float() * self._spread(rows, inputs)

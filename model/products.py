@@ -8,7 +8,11 @@ pay for a few rows (decoding) and are taken where they fit the weight.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,28 +21,71 @@ from torch import Tensor
 
 from model.float8 import Float8Weight, pack_float8
 from model.quantization import QuantizedWeight, row_blocks
-from model.schemes import AnyWeight, Quantized
+from model.schemes import AnyWeight, Quantized, in_words
 
 if TYPE_CHECKING:
     from model.layers import Packed
 
+logger = logging.getLogger(__name__)
+
 _PACKED_GROUPS = (32, 64, 128, 256)  # of PyTorch's products of 4 bits
 _FEW_ROWS = 4  # up to here PyTorch's product of 8 bits beats widening
+_TRITON_ROWS = 64  # past it widening once costs less than reading the weight for every 16 rows
+_ALLOWED = 0.1  # error of a product against the widened one; rounding activations to fp8 takes half
 
 
 def pack_quantized(weight: AnyWeight, dtype: torch.dtype) -> Packed | None:
-    """The fastest of what PyTorch has for a weight; None for a dense one."""
+    """The fastest of what there is for a weight; None for a dense one, or if there is nothing."""
     if isinstance(weight, Tensor):
         return None
+    if weight.values.is_cuda:
+        return _pack_for_cuda(weight, dtype)
     if isinstance(weight, Float8Weight):
-        return pack_float8(weight, dtype)
+        return None
     if Int4OnCpu.takes(weight, dtype):
         return Int4OnCpu.pack(weight)
-    if Int4OnCuda.takes(weight, dtype):
-        return Int4OnCuda.pack(weight)
     if Int8ByOutput.takes(weight):
         return Int8ByOutput.pack(weight)
     return None
+
+
+def _pack_for_cuda(weight: Quantized, dtype: torch.dtype) -> Packed | None:
+    makers: list[Callable[[], Packed | None]]
+    if isinstance(weight, Float8Weight):
+        makers = [partial(pack_float8, weight, dtype)]
+    else:
+        makers = [partial(_int4_on_cuda, weight, dtype), partial(_by_triton, weight, dtype)]
+    return next(filter(None, (_believed(make, weight, dtype) for make in makers)), None)
+
+
+def _int4_on_cuda(weight: QuantizedWeight, dtype: torch.dtype) -> Int4OnCuda | None:
+    return Int4OnCuda.pack(weight) if Int4OnCuda.takes(weight, dtype) else None
+
+
+def _by_triton(weight: QuantizedWeight, dtype: torch.dtype) -> ByTriton | None:
+    return ByTriton(weight) if ByTriton.takes(weight, dtype) else None
+
+
+def _believed(
+    make: Callable[[], Packed | None], weight: Quantized, dtype: torch.dtype
+) -> Packed | None:
+    """What ``make`` gives, if it computes rightly on this device with this very weight."""
+    try:
+        packed = make()
+        if packed is None or _is_right(packed, weight, dtype):
+            return packed
+        why = "it computes wrongly"
+    except Exception as error:  # whatever a kernel raises that does not run here
+        why = str(error).split("\n")[0]
+    logger.warning("a product of %s weights does not serve here: %s", in_words(weight), why)
+    return None
+
+
+def _is_right(packed: Packed, weight: Quantized, dtype: torch.dtype) -> bool:
+    x = torch.randn(2, weight.shape[1], dtype=dtype, device=weight.values.device)
+    wanted = multiply_widened(x, weight, None).float()
+    error = (packed.multiply(x, None).float() - wanted).norm()
+    return bool(error <= _ALLOWED * wanted.norm())
 
 
 def multiply_widened(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
@@ -47,7 +94,7 @@ def multiply_widened(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tenso
         return F.linear(x, weight.dequantize(x.dtype), bias)
     x = _sorted_inputs(x, weight.order)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    for rows in row_blocks(*weight.shape):
+    for rows in row_blocks(*weight.shape, x.device):
         out[:, rows] = F.linear(x, weight.widened(rows).to(x.dtype))
     return out if bias is None else out.add_(bias)
 
@@ -133,6 +180,30 @@ class Int4OnCuda:
         return out if bias is None else out + bias
 
 
+@dataclass(frozen=True)
+class ByTriton:
+    """Our own kernel on CUDA, for any bits and groups."""
+
+    weight: QuantizedWeight
+
+    @staticmethod
+    def takes(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+        if importlib.util.find_spec("triton") is None:
+            return False
+        from model import products_triton
+
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        return weight.values.is_cuda and is_half and products_triton.takes(weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] > _TRITON_ROWS:
+            return multiply_widened(x, self.weight, bias)
+        from model import products_triton
+
+        out = products_triton.multiply(_sorted_inputs(x, self.weight.order), self.weight)
+        return out if bias is None else out + bias
+
+
 def _scales_and_zeros(weight: QuantizedWeight) -> Tensor:
     zeros = (8.0 - weight.stated_zeros().float()) * weight.scales
     pairs = torch.stack((weight.scales, zeros), dim=-1)  # N, G, 2
@@ -175,6 +246,6 @@ class Int8ByOutput:
             return F.linear(x, self.values.to(x.dtype))
         outputs, inputs = self.values.shape
         out = torch.empty(x.shape[0], outputs, dtype=x.dtype)
-        for rows in row_blocks(outputs, inputs):
+        for rows in row_blocks(outputs, inputs, x.device):
             out[:, rows] = F.linear(x, self.values[rows].to(x.dtype))
         return out

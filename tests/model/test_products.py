@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import products
 from model.float8 import Float8Weight, PlainProduct, ScaledProduct, quantize_float8
 from model.layers import Linear
 from model.parallel import ParallelGroup
@@ -239,3 +240,27 @@ def test_slices_of_blocks_mean_the_same(start: int, axis: int) -> None:
     whole = weight.dequantize(torch.float32)
     part = weight.outputs(start, 24) if axis == 0 else weight.inputs(start, 24)
     assert torch.equal(part.dequantize(torch.float32), whole.narrow(axis, start, 24))
+
+
+def test_a_product_that_computes_wrongly_or_not_at_all_is_not_believed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight = weight_of(8, 64)
+
+    class Wrong:
+        def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.zeros(x.shape[0], 48)
+
+    class Right:
+        def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+            return multiply_widened(x, weight, bias)
+
+    def broken() -> Wrong:
+        raise RuntimeError("no kernel image is available")
+
+    right = Right()
+    assert products._believed(Wrong, weight, torch.float32) is None
+    assert products._believed(broken, weight, torch.float32) is None
+    assert products._believed(lambda: right, weight, torch.float32) is right
+    assert "computes wrongly" in caplog.text
+    assert "no kernel image is available" in caplog.text
