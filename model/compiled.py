@@ -31,7 +31,7 @@ from model.kernels import (
     kernel_status,
     load_kernels,
 )
-from model.kernels.packing import PANEL
+from model.kernels.packing import PANEL, can_pack
 from model.kv_cache import KVCache
 from model.kv_format import format_name
 from model.layers import Linear
@@ -185,15 +185,15 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, f"cpu (PyTorch: the compiled kernels read no {name} pages)"
     if not _has_kernel_shape(model):
         return None, "cpu (PyTorch: the compiled kernels do not take this shape)"
-    if model.quantization != "none":
-        return None, "cpu (PyTorch: the compiled kernels take bf16 weights)"
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    if not all(can_pack(linear.held) for linear in linears):
+        return None, "cpu (PyTorch: the compiled kernels do not take these weights)"
     kernels = load_kernels()
     usable, why = kernel_status()
     if kernels is None or not usable:
         return None, f"cpu (PyTorch: {why})"
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.pack(kernels.pack)
+    for linear in linears:
+        linear.pack(kernels.pack)
     return CompiledNetwork(model, kernels), f"cpu with {why}"
 
 

@@ -158,9 +158,14 @@ class Linear(nn.Module):
         sizes = self.parts if self.by_rows else [self.group.share(size) for size in self.parts]
         return stacked.narrow(0, sum(sizes[:part]), sizes[part])
 
+    @property
+    def held(self) -> AnyWeight:
+        """The weight before packing."""
+        return self.weight if self.quantized is None else self.quantized
+
     def pack(self, packer: Callable[[AnyWeight], Packed | None]) -> None:
         """Re-lays the weight, dense or quantized, where ``packer`` can; the source is dropped."""
-        held = self.weight if self.quantized is None else self.quantized
+        held = self.held
         if isinstance(held, Tensor) and held.is_meta:  # packed already: it is shared
             return
         self.packed = packer(held)

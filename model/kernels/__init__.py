@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.kernels.packing import PANEL, Panels, WeightStruct, can_pack, pack
 from model.processor import processor_features
-from model.quantization import QuantizedWeight
+from model.schemes import AnyWeight
 
 MAX_HEAD_SIZE = 256
 SEGMENT, MAX_SEGMENTS = 256, 32  # keys at least in a segment of a context; segments at most
@@ -265,7 +265,7 @@ class Kernels:
         self.library = library
         self._scratch: dict[str, Tensor] = {}
 
-    def pack(self, weight: Tensor | QuantizedWeight) -> KernelWeight | None:
+    def pack(self, weight: AnyWeight) -> KernelWeight | None:
         """The weight as the kernels read it; None where its shape or dtype is not theirs."""
         if not can_pack(weight):
             return None

@@ -9,12 +9,14 @@ import ctypes
 import math
 import mmap
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.quantization import QuantizedWeight
+from model.schemes import AnyWeight
 
 PANEL = 32
 _HUGE_PAGE = 2 << 20
@@ -70,11 +72,11 @@ class Panels:
         return sum(each.numel() * each.element_size() for each in tensors if each is not None)
 
 
-def can_pack(weight: Tensor | QuantizedWeight) -> bool:
+def can_pack(weight: AnyWeight) -> TypeGuard[Tensor | QuantizedWeight]:
     inputs = weight.shape[1]
     if isinstance(weight, QuantizedWeight):
         return weight.group % 16 == 0 and inputs % weight.group == 0
-    return weight.dtype == torch.bfloat16 and inputs % 2 == 0
+    return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and inputs % 2 == 0
 
 
 def pack(weight: Tensor | QuantizedWeight) -> Panels:
