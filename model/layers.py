@@ -160,14 +160,15 @@ class Linear(nn.Module):
 
     @property
     def held(self) -> AnyWeight:
-        """The weight as it was filled, until it is packed."""
+        """The weight before packing."""
         return self.weight if self.quantized is None else self.quantized
 
     def pack(self, packer: Callable[[AnyWeight], Packed | None]) -> None:
         """Re-lays the weight, dense or quantized, where ``packer`` can; the source is dropped."""
-        if isinstance(self.held, Tensor) and self.held.is_meta:  # packed already: it is shared
+        held = self.held
+        if isinstance(held, Tensor) and held.is_meta:  # packed already: it is shared
             return
-        self.packed = packer(self.held)
+        self.packed = packer(held)
         if self.packed is None:
             return
         self.quantized = None

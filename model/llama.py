@@ -160,7 +160,7 @@ class Llama(nn.Module):
         from model.kernels import KernelWeight
 
         head = self.head.packed
-        if self.config.tie_embeddings and isinstance(head, KernelWeight):
+        if self._is_head_shared and isinstance(head, KernelWeight):
             self.embedding.look_up_in(head.panels.rows)
 
     @property

@@ -74,7 +74,7 @@ class _Windows:
         longest = 2 * self.stride + num_begin
         pages = -(-longest // BLOCK_SIZE)
         self.table = list(range(1, pages + 1))
-        self.cache = KVCache(model.config, pages + 1, BLOCK_SIZE, model.dtype, model.device)
+        self.cache = KVCache(model.config, pages + 1, BLOCK_SIZE, model.cache_dtype, model.device)
         self.builder = BatchBuilder(longest, 1, pages, BLOCK_SIZE, model.device)
 
     def loss(self, lead: list[int], scored: list[int]) -> float:

@@ -59,8 +59,8 @@ def load_model(
 ) -> Llama:
     """The network of a local checkpoint, filled, packed and in eval mode.
 
-    ``cache_dtype`` is of the pages it will be run over (model.kv_format). ``quantization``: auto
-    (as the checkpoint is), none, int8, int4 or fp8. ``progress`` is called with (bytes done, bytes
+    ``quantization``: auto (as the checkpoint is), none, int8, int4 or fp8. ``cache_dtype`` is of
+    the pages it will be run over (model.kv_format). ``progress`` is called with (bytes done, bytes
     in all) after every tensor. Raises CheckpointError, or the config's own UnsupportedModel and
     InvalidConfig; all are ValueErrors.
     """
