@@ -98,7 +98,7 @@ def test_a_size_that_was_expensive_once_is_tried_again() -> None:
         bench.run([Submit(i, [7, 8, 9], [replace(own, seed=i)])])
         if i == 0:
             assert bench.scheduler.counters.spec_draft_tokens == 0
-    assert bench.scheduler.counters.spec_accepted_tokens > 200
+    assert bench.scheduler.counters.spec_drafts > 10
 
 
 @dataclass
