@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adapters import AdapterRows, AdapterSlots
+from model.lora import LowRank
 from model.parallel import ParallelGroup
 from model.products import multiply_widened
 from model.schemes import (
@@ -82,15 +84,51 @@ class Linear(nn.Module):
         self.quantized_as = ""  # in words; empty where the weight is dense
         self._quantized_bytes = 0
         self._quantized_parts: dict[int, Quantized] = {}
+        self.adapters: AdapterSlots | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """``adapters``: those of the step's rows; None where no row has one."""
         if self.packed is not None:
             out = self.packed.multiply(x, self.bias)
         elif self.quantized is not None:
             out = multiply_widened(x, self.quantized, self.bias)
         else:
             out = F.linear(x, self.weight, self.bias)
+        if adapters is not None:
+            self.add_adapters(x, out, adapters)
         return self.group.all_reduce(out) if self.by_rows and self.group.size > 1 else out
+
+    def add_adapters(
+        self, x: Tensor, out: Tensor, adapters: AdapterRows, norm: RMSNorm | None = None
+    ) -> None:
+        """out += what the rows' adapters make of x, in place; before ranks are summed.
+
+        With ``norm`` x is what comes before it. Other rows of ``out`` are not touched.
+        """
+        if self.adapters is not None and self.adapters.adds_to(adapters):
+            self.adapters.add(x, out, adapters, norm)
+
+    def make_adapter_slots(self, num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
+        """Column-sharded, a rank holds every ``down`` and its share of ``up``; by rows, a share of
+        ``down`` and every ``up``: the sum over the ranks is then the whole.
+        """
+        is_shared = not self.by_rows
+        parts = [self.group.share(size) for size in self.parts] if is_shared else self.parts
+        inputs = self.inputs if is_shared else self.group.share(self.inputs)
+        self.adapters = AdapterSlots(num_slots, max_rank, inputs, parts, dtype, self.target)
+
+    def fill_adapter_slot(self, slot: int, weights: Mapping[int, LowRank]) -> None:
+        """``weights`` by part, whole; none empties the slot."""
+        assert self.adapters is not None, "no slots were made"
+        shares = {part: self._adapter_share(part, one) for part, one in weights.items()}
+        self.adapters.fill(slot, shares)
+
+    def _adapter_share(self, part: int, one: LowRank) -> LowRank:
+        if self.by_rows:
+            width = self.group.share(self.inputs)
+            return LowRank(one.down.narrow(1, self.group.rank * width, width), one.up)
+        size = self.group.share(self.parts[part])
+        return LowRank(one.down, one.up.narrow(1, self.group.rank * size, size))
 
     def slots(self, names: Sequence[str], has_bias: bool) -> dict[str, WeightSlot]:
         """``names`` of the parts, in order; ``.weight`` and ``.bias`` are appended."""
@@ -196,6 +234,22 @@ class Linear(nn.Module):
         weight = self._quantized_bytes or self.weight.numel() * self.weight.element_size()
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return weight + bias
+
+
+class Projection(NamedTuple):
+    """One of the network's linear layers as its checkpoint names it: a part of one of ours."""
+
+    linear: Linear
+    part: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its weight, all ranks together."""
+        return self.linear.parts[self.part], self.linear.inputs
+
+
+def projections_of(linear: Linear, names: Sequence[str]) -> dict[str, Projection]:
+    return {name: Projection(linear, part) for part, name in enumerate(names)}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adapters import AdapterRows
 from model.attention import attention, choose_backend
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import Embedding, Linear, Packed, RMSNorm, WeightSlot, pack_for_onednn
+from model.layers import (
+    Embedding,
+    Linear,
+    Packed,
+    Projection,
+    RMSNorm,
+    WeightSlot,
+    pack_for_onednn,
+    projections_of,
+)
+from model.lora import Adapter, LowRank
 from model.parallel import ParallelGroup
 from model.products import pack_quantized
 from model.rope import Rope, rotate, spread
@@ -32,6 +43,12 @@ __all__ = ["Llama", "Taps", "WeightSlot"]
 # what it returns, if anything, takes the stream's place.
 Taps: TypeAlias = Callable[[int, Tensor], Tensor | None]
 Angles: TypeAlias = tuple[Tensor, Tensor]
+
+# Parts of fused layers, as checkpoints name them.
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+OUTPUT = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
 
 
 class Llama(nn.Module):
@@ -103,6 +120,32 @@ class Llama(nn.Module):
         if not self.config.tie_embeddings:
             found |= self.head.slots(["lm_head"], has_bias=False)
         return found
+
+    def projections(self) -> dict[str, Projection]:
+        """Every linear layer an adapter may adapt, by its Hugging Face name."""
+        found = {}
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            for name, projection in layer.projections().items():
+                found[f"model.layers.{index}.{name}"] = projection
+        return found
+
+    def make_adapter_slots(self, num_slots: int, max_rank: int) -> None:
+        """Room for so many adapters in one step; takes its memory now."""
+        for linear in {projection.linear for projection in self.projections().values()}:
+            linear.make_adapter_slots(num_slots, max_rank, self.dtype)
+        if self.compiled is not None:
+            self.compiled.plan_anew()
+
+    def fill_adapter_slot(self, slot: int, adapter: Adapter) -> None:
+        """What the slot held before is gone; steps queued on the device still see it."""
+        by_linear: dict[Linear, dict[int, LowRank]] = {}
+        for name, (linear, part) in self.projections().items():
+            own = by_linear.setdefault(linear, {})
+            if name in adapter.weights:
+                own[part] = adapter.weights[name]
+        for linear, weights in by_linear.items():
+            linear.fill_adapter_slot(slot, weights)
 
     def _embedding_slot(self) -> WeightSlot:
         slot = self.embedding.slot()
@@ -215,7 +258,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
         h = x + self.attention(self.attention_norm(x), angles, batch, cache)
-        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h))
+        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h), batch.adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
@@ -225,6 +268,9 @@ class Layer(nn.Module):
             "post_attention_layernorm.weight": self.feed_forward_norm.slot(),
             **self.feed_forward.slots(),
         }
+
+    def projections(self) -> dict[str, Projection]:
+        return self.attention.projections() | self.feed_forward.projections()
 
 
 class Attention(nn.Module):
@@ -250,7 +296,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
         heads, size = self.num_heads, self.config.head_size
-        qkv = self.qkv(x).view(x.size(0), -1, size)  # T, H + 2 K, D
+        qkv = self.qkv(x, batch.adapters).view(x.size(0), -1, size)  # T, H + 2 K, D
         turned = qkv[:, : heads + self.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turned.split([heads, self.num_kv_heads], 1)
@@ -266,17 +312,19 @@ class Attention(nn.Module):
             window=self.window,
             backend=self.backend,
         )
-        out: Tensor = self.output(mixed.flatten(1))
+        out: Tensor = self.output(mixed.flatten(1), batch.adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
-        names = [f"self_attn.{name}_proj" for name in "qkv"]
-        found = self.qkv.slots(names, self.config.qkv_bias)
-        found |= self.output.slots(["self_attn.o_proj"], self.config.output_bias)
+        found = self.qkv.slots(QKV, self.config.qkv_bias)
+        found |= self.output.slots(OUTPUT, self.config.output_bias)
         if self.q_norm is not None and self.k_norm is not None:
             found["self_attn.q_norm.weight"] = self.q_norm.slot()
             found["self_attn.k_norm.weight"] = self.k_norm.slot()
         return found
+
+    def projections(self) -> dict[str, Projection]:
+        return projections_of(self.qkv, QKV) | projections_of(self.output, OUTPUT)
 
 
 class FeedForward(nn.Module):
@@ -290,14 +338,17 @@ class FeedForward(nn.Module):
         self.gate_up = make.linear(hidden, [inner, inner], bias=config.mlp_bias)
         self.down = make.linear(inner, [hidden], bias=config.mlp_bias, by_rows=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        gate, up = self.gate_up(x, adapters).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up, adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
-        found = self.gate_up.slots(["mlp.gate_proj", "mlp.up_proj"], self.has_bias)
-        return found | self.down.slots(["mlp.down_proj"], self.has_bias)
+        found = self.gate_up.slots(GATE_UP, self.has_bias)
+        return found | self.down.slots(DOWN, self.has_bias)
+
+    def projections(self) -> dict[str, Projection]:
+        return projections_of(self.gate_up, GATE_UP) | projections_of(self.down, DOWN)
 
 
 class _Maker:

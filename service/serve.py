@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
@@ -28,7 +29,13 @@ from service.engine.options import EngineOptions
 from service.errors import EngineFailure
 from service.logs import configure_logging
 from service.protocol import HttpProtocol
-from service.registry import ModelRegistry, ServedModel, fingerprint
+from service.registry import (
+    ModelRegistry,
+    ServedAdapter,
+    ServedModel,
+    adapter_fingerprint,
+    fingerprint,
+)
 from service.settings import Settings
 
 logger = logging.getLogger("pronk")
@@ -120,6 +127,10 @@ def engine_options(
         num_speculative_tokens=settings.num_speculative_tokens,
         speculative_ngram_min=settings.speculative_ngram_min,
         speculative_ngram_max=settings.speculative_ngram_max,
+        max_loras=settings.max_running_loras,
+        max_lora_rank=settings.max_lora_rank,
+        max_cpu_loras=settings.max_cpu_loras,
+        adapters={name: str(folder.expanduser()) for name, folder in settings.adapters.items()},
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
@@ -145,6 +156,12 @@ class Server:
         self.engine = EngineClient(engine_options(settings, source, self.draft))
         names = settings.served_model_name or [source.name]
         self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
+        if both := settings.adapters.keys() & set(names):
+            raise ServeProblem(f"{min(both)} names both the model and an adapter")
+        self.model.adapters = {
+            name: ServedAdapter(name, folder.expanduser())
+            for name, folder in settings.adapters.items()
+        }
         self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
         self.http = _Uvicorn(self._uvicorn_config())
         self.code = 0
@@ -293,4 +310,7 @@ def describe(served: ServedModel, path: Path, settings: Settings) -> None:
     if settings.quantization != "auto":
         chosen += (settings.quantization,)
     served.fingerprint = fingerprint(path, repr(chosen).encode())
+    for name, adapter in served.adapters.items():
+        own = adapter_fingerprint(served, adapter.folder)
+        served.adapters[name] = dataclasses.replace(adapter, fingerprint=own)
     served.tokenizer = tokenizer  # last: its presence says that the rest is there

@@ -46,6 +46,7 @@ typedef struct {
     void *scratch;               // what `prepare` writes: 3 K + 8 K / group bytes a row
     int kind, threads;
     float eps;
+    const bf16 *more;            // of gate_up: [M, 2 I] added before silu, or NULL
 } Call;
 
 enum { TO_BF16, TO_FLOAT, ADD_TO_BF16 };
@@ -276,15 +277,19 @@ void gate_up(const Call *c, int M) {
             for (int r = 0; r < rows; r++)
                 for (int i = 0; i < PANEL; i += LANES) {
                     const int n = panel * PANEL + i;
-                    const __m512 g = biased(gate[r] + i, bias ? bias + n : bias, 0xffff);
-                    const __m512 u = biased(up[r] + i, bias ? bias + I + n : bias, 0xffff);
+                    __m512 g = biased(gate[r] + i, bias ? bias + n : bias, 0xffff);
+                    __m512 u = biased(up[r] + i, bias ? bias + I + n : bias, 0xffff);
+                    if (c->more) {
+                        const bf16 *more = c->more + (long)(m + r) * 2 * I + n;
+                        g = _mm512_add_ps(g, widen(more)), u = _mm512_add_ps(u, widen(more + I));
+                    }
                     narrow((bf16 *)c->out + (long)(m + r) * I + n, silu_times(g, u));
                 }
         }
     }
 }
 
-int kernels_version(void) { return 2; }
+int kernels_version(void) { return 3; }
 
 #else
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from service.engine.adapter_desk import AdapterDesk
+from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
 from service.engine.connections import Connections
@@ -91,7 +93,13 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
     scheduler = make_scheduler(
         options, loaded.limits, loaded.num_blocks, costs, loaded.num_host_slots
     )
-    return EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts).run()
+    desk = AdapterDesk(scheduler.adapters, loaded.runner)
+    desk.open(loaded.adapters)
+    loop = EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts, desk)
+    try:
+        return loop.run()
+    finally:
+        desk.close()
 
 
 def make_scheduler(
@@ -122,6 +130,7 @@ def make_scheduler(
             longest=options.speculative_ngram_max,
         ),
         costs=costs,
+        adapters=AdapterTable(options.max_loras, options.max_cpu_loras),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.messages import Output, Submit
 from service.engine.scheduler import NO_SPECULATION, Deliveries, Scheduler
@@ -90,6 +91,7 @@ class Storm:
         max_queued_requests: int = 12,
         max_queued_tokens: int = 300,
         speculation: SpeculationLimits = NO_SPECULATION,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.now = 0.0
         self.pool = pool
@@ -105,6 +107,7 @@ class Storm:
             max_queued_tokens=max_queued_tokens,
             clock=lambda: self.now,
             speculation=speculation,
+            adapters=adapters,
         )
         self.runner = RecordingRunner(self.pool)
         self.answers: dict[tuple[int, int], Answer] = {}
