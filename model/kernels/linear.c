@@ -21,7 +21,8 @@
 
 #define INT_TILE 6          // rows of an integer product held in registers
 #define TASK_ROWS 96        // rows one thread takes at a time
-#define PREFETCH_BYTES 4096 // ahead of the read
+#define PREFETCH_BYTES 2048 // ahead of the read
+#define TURNS 4             // a thread takes neighbouring panels: so often at least, where memory binds
 
 typedef struct {
     const void *panels;   // bf16 [panels][K / 2][32][2]; 8 bits [panels][K / 4][32][4]; 4 bits
@@ -227,11 +228,19 @@ static void store_row(const float *sums, const bf16 *bias, int kind, void *out, 
     }
 }
 
+// What one thread takes at a time. Of a few rows neighbours, so that what is fetched ahead of a
+// panel's end is its own next one; else one by one, so that all end together.
+INLINE int panels_a_turn(const Call *c, int panels, int M) {
+    const int share = panels / (TURNS * c->threads);
+    return M <= TILE && share > 1 ? share : 1;
+}
+
 // One thread's piece of work: a panel and up to TASK_ROWS rows. A panel's pieces follow one another,
 // so that it comes from memory once.
 #define FOR_PIECES(panels) \
     const int pieces = (M + TASK_ROWS - 1) / TASK_ROWS; \
-    _Pragma("omp for schedule(dynamic) nowait") for (int task = 0; task < (panels) * pieces; task++) \
+    const int turn = panels_a_turn(c, panels, M); \
+    _Pragma("omp for schedule(dynamic, turn) nowait") for (int task = 0; task < (panels) * pieces; task++) \
         for (int panel = task / pieces, m = task % pieces * TASK_ROWS, rows, \
                  end = at_most(m + TASK_ROWS, M); \
              rows = at_most(end - m, tile_rows(w)), m < end; m += rows)
