@@ -114,6 +114,7 @@ def engine_options(
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         threads=settings.threads,
+        async_scheduling=settings.async_scheduling,
         attention_backend=settings.attention_backend,
         speculative_model=str(draft.path or "") if draft is not None else None,
         num_speculative_tokens=settings.num_speculative_tokens,

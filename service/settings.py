@@ -143,6 +143,11 @@ class Settings(BaseSettings):
     attention_backend: Literal["auto", "reference", "cpu", "sdpa", "triton", "varlen"] = Field(
         "auto", description="Attention kernel; auto takes the best one present"
     )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Launch each step while the device computes the one before it; "
+        "default: on a GPU",
+    )
     threads: int | None = Field(None, ge=1, description="Threads of the engine; default: the cores")
 
     # ---- speculative decoding

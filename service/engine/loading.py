@@ -50,6 +50,7 @@ class Loaded:
     num_blocks: int
     facts: dict[str, str]
     num_host_slots: int = 0  # pages kept in host memory
+    runs_ahead: bool = False  # a step is launched before the one before it is collected
 
 
 def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
@@ -90,7 +91,10 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     slots = 0 if host is None else host.num_slots
     facts = _facts(model, fitting, blocks) | _draft_facts(draft)
     facts["host_tokens"] = str(slots * limits.block_size)
-    return Loaded(runner, fitting, blocks, facts, slots)
+    # On a processor host and device are the same cores: nothing would be gained.
+    asked = options.async_scheduling
+    runs_ahead = device.type == "cuda" if asked is None else asked
+    return Loaded(runner, fitting, blocks, facts, slots, runs_ahead)
 
 
 def load_draft(options: EngineOptions, model: Llama) -> Llama:

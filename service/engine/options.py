@@ -24,6 +24,7 @@ class EngineOptions(Struct, frozen=True):
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024  # sequences
     max_queued_tokens: int = 1_000_000
+    async_scheduling: bool | None = None  # None: on a GPU
     threads: int | None = None  # None: the cores this process may use
     attention_backend: str = "auto"
     speculative_model: str | None = None  # as ``model``: proposes tokens

@@ -6,6 +6,8 @@ be loaded, 4 the device is beyond use, 70 the parent died.
 
 ``State.counters`` (all only ever rise) are ``service.engine.counters.Counters`` and
     failed_steps    steps that raised
+    step_seconds    from one step's end to the next one's, idle time left out
+    gap_seconds     of these, outside the network: scheduling, sampling, messages
 """
 
 from __future__ import annotations
@@ -91,7 +93,16 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
     scheduler = make_scheduler(
         options, loaded.limits, loaded.num_blocks, costs, loaded.num_host_slots
     )
-    return EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts).run()
+    loop = EngineLoop(
+        connections,
+        pulse,
+        scheduler,
+        loaded.runner,
+        rates,
+        loaded.facts,
+        runs_ahead=loaded.runs_ahead,
+    )
+    return loop.run()
 
 
 def make_scheduler(

@@ -87,18 +87,28 @@ async def serving(folder: Path, **limits: object) -> AsyncIterator[EngineClient]
         await client.stop()
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["in_turn", "ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether a step is launched before the one before it is collected: nobody can tell."""
+    return bool(request.param)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(temporary_folder: Path, network: LlamaForCausalLM) -> AsyncIterator[EngineClient]:
-    async with serving(temporary_folder) as client:
+async def engine(
+    temporary_folder: Path, network: LlamaForCausalLM, ahead: bool
+) -> AsyncIterator[EngineClient]:
+    async with serving(temporary_folder, async_scheduling=ahead) as client:
         yield client
     assert not sockets(temporary_folder)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cramped(temporary_folder: Path, network: LlamaForCausalLM) -> AsyncIterator[EngineClient]:
+async def cramped(
+    temporary_folder: Path, network: LlamaForCausalLM, ahead: bool
+) -> AsyncIterator[EngineClient]:
     """Room for two or three of the longest sequences: the others are preempted."""
     bounds = {"num_kv_blocks": 13, "max_num_seqs": 8, "max_queued_requests": 4}
-    async with serving(temporary_folder, **bounds) as client:
+    async with serving(temporary_folder, **bounds, async_scheduling=ahead) as client:
         yield client
 
 
