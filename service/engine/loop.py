@@ -79,7 +79,7 @@ class EngineLoop(Generic[Launched]):
         self._runs_ahead = runs_ahead
         self._flight: Flight[Launched] | None = None
         self._early: list[Event] = []  # heard while a step was on the device
-        self._num_steps = 0
+        self.num_steps = 0
         self._step_seconds = 0.0
         self._model_seconds = 0.0
         self._gap_seconds = 0.0
@@ -177,7 +177,7 @@ class EngineLoop(Generic[Launched]):
         if self._flight is not None and self._flight is not flight:
             self._pulse.step_begins(self._rates.estimate(self._flight.step.num_tokens))
         self._rates.observe(step.num_tokens, seconds)
-        self._num_steps += 1
+        self.num_steps += 1
         self._count_gap(result.model_seconds)
         self._send(self._scheduler.update(step, result), step, seconds)
 
@@ -209,7 +209,7 @@ class EngineLoop(Generic[Launched]):
         for front_end in {row.sequence.request.client for row in rows} | deliveries.keys():
             assert isinstance(front_end, int)
             message = Outputs(
-                step=step.number if step is not None else self._num_steps,
+                step=step.number if step is not None else self.num_steps,
                 num_scheduled_tokens=step.num_tokens if step is not None else 0,
                 step_time=seconds,
                 outputs=deliveries.get(front_end, []),
@@ -222,7 +222,7 @@ class EngineLoop(Generic[Launched]):
         state = State(
             stage="draining" if self._is_draining else "ready",
             progress=1.0,
-            steps=self._num_steps,
+            steps=self.num_steps,
             running=gauges.running,
             waiting=gauges.waiting,
             waiting_tokens=gauges.waiting_tokens,
@@ -232,7 +232,7 @@ class EngineLoop(Generic[Launched]):
             host_blocks=self._scheduler.pool.host.num_slots,
             used_host_blocks=self._scheduler.pool.host.num_used,
             max_model_len=self._scheduler.max_model_len,
-            counters=self._scheduler.counters.as_dict() | self._counters(),
+            counters=self._scheduler.counters.as_dict() | self.counters(),
             facts=self._facts,
             step_estimate=told.step_estimate,
         )
@@ -243,7 +243,7 @@ class EngineLoop(Generic[Launched]):
         )
         self._pulse.publish(state, urgent=urgent or changed)
 
-    def _counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         return {
             "failed_steps": self._num_failed_steps,
             "step_seconds": self._step_seconds,
