@@ -14,6 +14,7 @@ from model.host_cache import STAGED, HostCache
 from model.kv_cache import KVCache, bytes_per_block
 from model.kv_format import format_name
 from model.llama import Llama
+from model.regional import settle_regions
 from model.tokenizer import TokenizerError, load_tokenizer
 from service.engine.capacity import (
     CPU_SHARE,
@@ -65,6 +66,7 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         cache_dtype=options.kv_cache_dtype,
         progress=lambda done, total: progress(done / max(1, total)),
     )
+    compiled = settle_regions(model, options.compile)
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
     block_bytes = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
@@ -91,6 +93,7 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     slots = 0 if host is None else host.num_slots
     facts = _facts(model, fitting, blocks) | _draft_facts(draft)
     facts["host_tokens"] = str(slots * limits.block_size)
+    facts["attention"] = ", ".join(filter(None, (facts["attention"], compiled)))
     # On a processor host and device are the same cores: nothing would be gained.
     asked = options.async_scheduling
     runs_ahead = device.type == "cuda" if asked is None else asked

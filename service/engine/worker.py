@@ -27,7 +27,9 @@ import msgspec
 
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
+from service.engine.compile_cache import use_compile_cache
 from service.engine.connections import Connections
+from service.engine.cores import hold
 from service.engine.costs import StepCosts
 from service.engine.host_slots import HostSlots
 from service.engine.lifeline import die_with_parent
@@ -59,6 +61,8 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
     options = read_options()
+    if options.cpus:
+        hold(options.cpus)  # before any thread is started
     configure_logging(options.log_level, options.log_format)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(
@@ -141,6 +145,7 @@ def load_and_warm_up(
 ) -> tuple[Loaded, StepRates, tuple[StepCosts, StepCosts]]:
     """Tells of its progress; raises ``LoadFailure`` whatever went wrong."""
     with one_line_failures():
+        use_compile_cache(options.compile_cache)
         from service.engine.loading import load, measure_costs, settle, warm_up  # torch: seconds
 
         rates = StepRates()

@@ -74,7 +74,9 @@ def client(path: str, rows: int, tokens: int, name: str) -> None:
             pass
 
 
-def run(options: argparse.Namespace, runner: ModelRunner, limits: Limits, blocks: int) -> None:
+def run(
+    options: argparse.Namespace, sampling: str, runner: ModelRunner, limits: Limits, blocks: int
+) -> None:
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE),
         max_num_seqs=limits.max_num_seqs,
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace, runner: ModelRunner, limits: Limits, blocks
             {},
             runs_ahead=options.ahead,
         )
-        arguments = (path, options.rows, options.tokens, options.sampling)
+        arguments = (path, options.rows, options.tokens, sampling)
         asking = multiprocessing.get_context("spawn").Process(target=client, args=arguments)
         asking.start()
         profile = cProfile.Profile()
@@ -107,7 +109,7 @@ def run(options: argparse.Namespace, runner: ModelRunner, limits: Limits, blocks
     steps = loop.num_steps
     step, gap = counters["step_seconds"], counters["gap_seconds"]
     print(
-        f"{options.sampling}: {steps} steps of {step / steps * 1e3:.2f} ms, "
+        f"{sampling}: {steps} steps of {step / steps * 1e3:.2f} ms, "
         f"{gap / steps * 1e3:.2f} ms of it outside the network: {gap / step:.1%}"
     )
     if options.profile:
@@ -137,8 +139,8 @@ def main() -> None:
     cache = KVCache(model.config, blocks, BLOCK_SIZE, model.dtype, model.device)
     runner = ModelRunner(model, cache, limits)
     print(f"{options.shape}, {options.rows} rows, {torch.get_num_threads()} threads, {model.path}")
-    for options.sampling in options.sampling:
-        run(options, runner, limits, blocks)
+    for name in options.sampling:
+        run(options, name, runner, limits, blocks)
 
 
 if __name__ == "__main__":

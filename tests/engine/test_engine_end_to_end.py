@@ -336,7 +336,8 @@ async def test_a_storm_leaves_nothing_behind(engine: EngineClient) -> None:
 async def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(
     temporary_folder: Path, network: LlamaForCausalLM
 ) -> None:
-    async with serving(temporary_folder) as engine:
+    cpu = min(os.sched_getaffinity(0))
+    async with serving(temporary_folder, cpus=(cpu,)) as engine:
         prompt = prompt_of(30, seed=9)
         waiting = [asyncio.create_task(ask(engine, prompt, greedy(450))) for _ in range(4)]
         await until(lambda: engine.state.running == 4)
@@ -349,6 +350,7 @@ async def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(
         await engine.wait_ready()
         assert (await ask(engine, prompt, greedy()))[0].tokens == generated(network, prompt, 24)
         assert engine.num_restarts == 1
+        assert os.sched_getaffinity(engine.pid) == {cpu}, "held to its cores, also when replaced"
         await engine.drain()
         with pytest.raises(Unavailable) as refusal:
             await ask(engine, prompt, greedy())
