@@ -85,7 +85,7 @@ class CountingRunner:
             RowResult([Draw(len(row.sequence.tokens)) for _ in row.choices])
             for row in launched.rows
         ]
-        return StepResult(rows, MODEL_SECONDS)
+        return StepResult(rows, model_seconds=MODEL_SECONDS)
 
     def is_fatal(self, error: Exception) -> bool:
         return isinstance(error, Fatal)
