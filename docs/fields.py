@@ -156,6 +156,19 @@ DETOKENIZE: dict[str, tuple[str, str]] = {
     "strict": SHARED["strict"],
 }
 
+LOAD_ADAPTER: dict[str, tuple[str, str]] = {
+    "lora_name": ("required", "the name that selects it, as a model's does; no spaces, `=` or `,`"),
+    "lora_path": ("required", "its folder below `--lora-root`"),
+    "load_inplace": ("false", "replace one of that name: requests that run keep the old one"),
+    "strict": SHARED["strict"],
+}
+
+UNLOAD_ADAPTER: dict[str, tuple[str, str]] = {
+    "lora_name": ("required", "requests that run go on, new ones get a 404"),
+    "lora_int_id": ("none", "vLLM's number; not looked at"),
+    "strict": SHARED["strict"],
+}
+
 ROUTES = {  # whose handlers say nothing
     "/version": "The version.",
 }

@@ -13,10 +13,11 @@ from pydantic import BaseModel
 
 import service.errors
 from docs import fields
-from service.api import chat, completions, health, models, tokens
+from service.api import adapters, chat, completions, health, models, tokens
 from service.api.errors import RequestTimeout
 from service.api.ignored import HARMLESS, NOT_YET
 from service.api.middleware import PUBLIC_PATHS
+from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
 from service.api.schemas.sampling import SamplingFields
@@ -139,6 +140,8 @@ def wire_page() -> str:
         ("`/v1/chat/completions` alone", ChatRequest, fields.CHAT, shared),
         ("`/tokenize`", TokenizeRequest, fields.TOKENIZE, set()),
         ("`/detokenize`", DetokenizeRequest, fields.DETOKENIZE, set()),
+        ("`/v1/load_lora_adapter`", LoadAdapterRequest, fields.LOAD_ADAPTER, set()),
+        ("`/v1/unload_lora_adapter`", UnloadAdapterRequest, fields.UNLOAD_ADAPTER, set()),
     ):
         parts += [f"\n## Fields of {title}\n\n", *field_table(schema, notes, known)]
     parts += [ANSWERS, table(("status", "type", "code", "when")), *map(row, errors())]
@@ -147,7 +150,7 @@ def wire_page() -> str:
 
 def routes() -> Iterator[tuple[str, str, str]]:
     """Each route, whether it needs a key where keys are set, and its handler's docstring."""
-    for module in (completions, chat, models, tokens, health):
+    for module in (completions, chat, models, adapters, tokens, health):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             path = route.path.replace(":path", "")

@@ -12,7 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.adapters import AdapterRows, Run, runs_of, token_slots
+
 KNOWN = -1  # the row's tokens are on the host
+
 
 Array: TypeAlias = npt.NDArray[Any]  # of integers
 
@@ -24,12 +27,14 @@ class BatchRow:
     ``num_logits`` last tokens want logits: 0 for a prompt chunk that samples nothing, 1 to sample.
     ``drawn_at`` is the place of its one token among those drawn last, where only the device knows
     it; ``tokens`` holds any valid id then.
+    ``adapter`` is the slot of the adapter they go through; rows of one slot stand side by side.
     """
 
     tokens: list[int]
     start: int
     block_table: list[int]
     num_logits: int = 0
+    adapter: int | None = None
     drawn_at: int = KNOWN
 
 
@@ -50,6 +55,7 @@ class Batch:
     contexts: list[int]
     tables: list[list[int]]  # each row's pages, as many as its context fills
     block_size: int
+    adapters: AdapterRows | None = None  # None where no row has one
     # What a cache or an attention backend works out once a step and reads in every layer.
     prepared: dict[Any, Any] = field(default_factory=dict)
 
@@ -116,7 +122,8 @@ class BatchBuilder:
         staging = self._staging[0]
         self._staging.append(self._staging.pop(0))
         staging.wait()
-        num_logits = staging.write(rows, lengths, contexts, tables)
+        runs = runs_of([row.adapter for row in rows], lengths)
+        num_logits = staging.write(rows, lengths, contexts, tables, runs)
         if staging is not self._buffers:
             self._buffers.copy_from(staging)
         return self._buffers.batch(
@@ -129,7 +136,11 @@ class BatchBuilder:
             contexts=contexts,
             tables=tables,
             block_size=self.block_size,
+            adapters=self._adapters(runs, sum(lengths)),
         )
+
+    def _adapters(self, runs: list[Run], num_tokens: int) -> AdapterRows | None:
+        return AdapterRows(runs, self._buffers.adapters[:num_tokens]) if runs else None
 
 
 class _Buffers:
@@ -140,7 +151,7 @@ class _Buffers:
         self.block_size = sizes.block_size
         self.copied: torch.cuda.Event | None = None
         wide = 5 * tokens  # five int64 a token, then the int32 ones, two to a place
-        narrow = 3 * rows + 1 + rows * sizes.max_blocks
+        narrow = 3 * rows + 1 + rows * sizes.max_blocks + tokens
         self.storage = torch.zeros(
             wide + (narrow + 1) // 2,
             dtype=torch.int64,
@@ -153,7 +164,8 @@ class _Buffers:
         small = self.storage[wide:].view(torch.int32)
         self.starts, self.contexts = small[: rows + 1], small[rows + 1 : 2 * rows + 1]
         self.drawn_at = small[2 * rows + 1 : 3 * rows + 1]
-        self.tables = small[3 * rows + 1 : narrow]
+        self.tables = small[3 * rows + 1 : narrow - tokens]
+        self.adapters = small[narrow - tokens : narrow]
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""
@@ -166,9 +178,12 @@ class _Buffers:
         lengths: list[int],
         contexts: list[int],
         tables: list[list[int]],
+        runs: list[Run],
     ) -> int:
         """Fills the buffers and returns how many logits are wanted."""
         ends = np.cumsum(lengths)
+        if runs:
+            _put(self.adapters, token_slots(runs, sum(lengths)))
         _put(self.tokens, [token for row in rows for token in row.tokens])
         _put(self.starts, [0, *ends])
         _put(self.contexts, contexts)

@@ -13,11 +13,12 @@ many tokens as a step has had so far.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from model.adapters import AdapterRows
 from model.batch import Batch
 from model.kernels import (
     CACHE_KINDS,
@@ -31,13 +32,17 @@ from model.kernels import (
     kernel_status,
     load_kernels,
 )
-from model.kernels.packing import PANEL
+from model.kernels.packing import PANEL, can_pack
 from model.kv_cache import KVCache
 from model.kv_format import format_name
-from model.layers import Linear
+from model.layers import Linear, RMSNorm
 
 if TYPE_CHECKING:
+    from model.kernels.lora import PreparedAdapters
     from model.llama import Layer, Llama, Taps
+
+AddAdapters: TypeAlias = Callable[[int, AdapterRows], bool]
+RunLayer: TypeAlias = Callable[[int, AdapterRows | None], None]
 
 _LEAST_TOKENS = 32  # a plan is made for at least so many
 
@@ -59,11 +64,15 @@ class CompiledNetwork:
         plan.step.set(_paged_rows(model, batch))
         _tap(taps, 0, x)
         for index, layer in enumerate(plan.layers):
-            layer(count)
+            layer(count, batch.adapters)
             _tap(taps, index + 1, x)
         if batch.num_logits != count:
             x = x.index_select(0, batch.logit_rows)
         return self.logits(x)
+
+    def plan_anew(self) -> None:
+        """Layers have got slots for adapters: their calls are prepared with them."""
+        self._plan = None
 
     def logits(self, x: Tensor) -> Tensor:
         """The head over its norm: [R, hidden] -> [R, V] float32, in one of two buffers in turn."""
@@ -91,13 +100,16 @@ class _Plan:
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_size
         self.x, self.qkv = buffer(config.hidden_size), buffer((heads + 2 * kv_heads) * size)
         self.mixed, self.inner = buffer(heads * size), buffer(config.intermediate_size)
+        has_slots = any(one.linear.adapters for one in model.projections().values())
+        # What adapters add to gate and up, before silu.
+        self.more = buffer(2 * config.intermediate_size if has_slots else 0)
         self.step = StepRows(kernels, heads, kv_heads, size)
         self.layers = [
             self._layer(layer, kernels, config.norm_eps)  # type: ignore[arg-type]
             for layer in model.layers
         ]
 
-    def _layer(self, layer: Layer, kernels: Kernels, eps: float) -> Callable[[int], None]:
+    def _layer(self, layer: Layer, kernels: Kernels, eps: float) -> RunLayer:
         attention, mlp, cache = layer.attention, layer.feed_forward, self.cache
 
         def linear(module: Linear, x: Tensor, out: Tensor, **more: object) -> PreparedLinear:
@@ -127,14 +139,46 @@ class _Plan:
         gate_up = linear(mlp.gate_up, self.x, self.inner, norm=norms[1], gates=True)
         down = linear(mlp.down, self.inner, self.x, adds=True)
 
-        def run(num_tokens: int) -> None:
+        add_qkv, add_output, find_more, add_down = self._adapters(layer)
+
+        def run(num_tokens: int, adapters: AdapterRows | None) -> None:
             qkv(num_tokens)
+            if adapters is not None:
+                add_qkv(num_tokens, adapters)
             attend()
             output(num_tokens)
-            gate_up(num_tokens)
+            if adapters is not None:
+                add_output(num_tokens, adapters)
+            is_adapted = adapters is not None and find_more(num_tokens, adapters)
+            gate_up(num_tokens, self.more if is_adapted else None)
             down(num_tokens)
+            if adapters is not None:
+                add_down(num_tokens, adapters)
 
         return run
+
+    def _adapters(self, layer: Layer) -> tuple[AddAdapters, AddAdapters, AddAdapters, AddAdapters]:
+        """What is added after qkv, after the output, to gate and up, and after down."""
+        attention, mlp = layer.attention, layer.feed_forward
+        if attention.qkv.adapters is None:
+            return _add_nothing, _add_nothing, _add_nothing, _add_nothing
+        return (
+            _prepared(attention.qkv, self.x, self.qkv, layer.attention_norm),
+            _prepared(attention.output, self.mixed, self.x),
+            _prepared(mlp.gate_up, self.x, self.more, layer.feed_forward_norm, clears=True),
+            _prepared(mlp.down, self.inner, self.x),
+        )
+
+
+def _add_nothing(num_tokens: int, adapters: AdapterRows) -> bool:
+    return False
+
+
+def _prepared(
+    linear: Linear, x: Tensor, out: Tensor, norm: RMSNorm | None = None, *, clears: bool = False
+) -> PreparedAdapters:
+    assert linear.adapters is not None, "all layers have slots, or none"
+    return linear.adapters.prepare(x, out, norm, clears=clears)
 
 
 class _Head:
@@ -191,6 +235,8 @@ def compile_network(model: Llama) -> tuple[CompiledNetwork | None, str]:
         return None, f"cpu (PyTorch: {why})"
     for module in model.modules():
         if isinstance(module, Linear):
+            if not can_pack(module.held):
+                module.widen()
             module.pack(kernels.pack)
     return CompiledNetwork(model, kernels), f"cpu with {why}"
 

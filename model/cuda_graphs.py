@@ -3,7 +3,7 @@
 A graph replays fixed kernels on fixed addresses. So the forward of a decode-only batch is captured
 once for each bucket of rows, over buffers of this class's own; a step copies its few integers into
 them, pads to the bucket, and replays. Padding rows read and write page 0, which nobody is given.
-Whatever is not a plain decode step (prompt chunks, taps, too many rows) runs eagerly.
+Whatever is not a plain decode step (prompt chunks, taps, adapters, too many rows) runs eagerly.
 """
 
 # R rows of the batch, B blocks a row, V vocabulary
@@ -75,7 +75,7 @@ class DecodeGraphs:
         """The smallest that holds the batch; None where it is not plain decoding."""
         rows = batch.num_decodes
         is_plain = rows == batch.num_tokens == batch.logit_rows.size(0)
-        if not is_plain or rows > self.buckets[-1]:
+        if batch.adapters is not None or not is_plain or rows > self.buckets[-1]:
             return None
         return self.buckets[bisect.bisect_left(self.buckets, rows)]
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -12,13 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adapters import AdapterRows
 from model.attention import attention, choose_backend
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import Embedding, Linear, RMSNorm, WeightSlot, pack_for_onednn
+from model.layers import (
+    Embedding,
+    Linear,
+    Packed,
+    Projection,
+    RMSNorm,
+    WeightSlot,
+    pack_for_onednn,
+    projections_of,
+)
+from model.lora import Adapter, LowRank
 from model.parallel import ParallelGroup
+from model.products import pack_quantized
 from model.rope import Rope, rotate, spread
+from model.schemes import BITS, AnyWeight, Quantized, check_scheme
 
 if TYPE_CHECKING:
     from model.compiled import CompiledNetwork
@@ -29,6 +43,12 @@ __all__ = ["Llama", "Taps", "WeightSlot"]
 # what it returns, if anything, takes the stream's place.
 Taps: TypeAlias = Callable[[int, Tensor], Tensor | None]
 Angles: TypeAlias = tuple[Tensor, Tensor]
+
+# Parts of fused layers, as checkpoints name them.
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+OUTPUT = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
 
 
 class Llama(nn.Module):
@@ -105,13 +125,59 @@ class Llama(nn.Module):
             found |= self.head.slots(["lm_head"], has_bias=False)
         return found
 
+    def projections(self) -> dict[str, Projection]:
+        """Every linear layer an adapter may adapt, by its Hugging Face name."""
+        found = {}
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            for name, projection in layer.projections().items():
+                found[f"model.layers.{index}.{name}"] = projection
+        return found
+
+    def make_adapter_slots(self, num_slots: int, max_rank: int) -> None:
+        """Room for so many adapters in one step; takes its memory now."""
+        for linear in {projection.linear for projection in self.projections().values()}:
+            linear.make_adapter_slots(num_slots, max_rank, self.dtype)
+        if self.compiled is not None:
+            self.compiled.plan_anew()
+
+    def fill_adapter_slot(self, slot: int, adapter: Adapter) -> None:
+        """What the slot held before is gone; steps queued on the device still see it."""
+        by_linear: dict[Linear, dict[int, LowRank]] = {}
+        for name, (linear, part) in self.projections().items():
+            own = by_linear.setdefault(linear, {})
+            if name in adapter.weights:
+                own[part] = adapter.weights[name]
+        for linear, weights in by_linear.items():
+            linear.fill_adapter_slot(slot, weights)
+
     def _embedding_slot(self) -> WeightSlot:
         slot = self.embedding.slot()
         return WeightSlot(slot.shape, self._fill_tied) if self.config.tie_embeddings else slot
 
-    def _fill_tied(self, tensor: Tensor) -> None:
+    def _fill_tied(self, tensor: AnyWeight) -> None:
+        """The embedding is dense; the head is the same tensor, or a quantized copy of it."""
         self.embedding.slot().fill(tensor)
-        self.head.weight = self.embedding.weight
+        head = self.embedding.weight if self.head.scheme == "none" else self.head.kept(tensor)
+        if isinstance(head, Tensor):
+            self.head.weight = self.embedding.weight
+        else:
+            self.head.slots(["lm_head"], has_bias=False)["lm_head.weight"].fill(head)
+
+    def quantize(self, scheme: str) -> None:
+        """How linear layers hold what they are filled with from now on (schemes.SCHEMES).
+
+        The head, which every step reads whole and whose errors no later layer evens out, keeps 8
+        bits. Raises ValueError for a scheme that is not known or not for this device.
+        """
+        check_scheme(scheme, self.device)
+        for module in self._linears():
+            module.scheme = scheme
+        if scheme in BITS:
+            self.head.scheme = "int8"
+
+    def _linears(self) -> list[Linear]:
+        return [module for module in self.modules() if isinstance(module, Linear)]
 
     def pack(self, *, compiled: bool = True) -> None:
         """Settles how the weights are read, once every slot is filled.
@@ -125,16 +191,23 @@ class Llama(nn.Module):
         if self.compiled is not None:
             self._share_packed_head()
             return
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(pack_for_onednn)
+        for module in self._linears():
+            module.pack(self._pack_for_pytorch)
+            if module.quantized is not None:
+                module.widen_if_slow()
+                module.pack(self._pack_for_pytorch)
+
+    def _pack_for_pytorch(self, weight: AnyWeight) -> Packed | None:
+        if isinstance(weight, Quantized):
+            return pack_quantized(weight, self.dtype)
+        return pack_for_onednn(weight)
 
     def _share_packed_head(self) -> None:
         """A tied embedding looks up the head's panels: one copy of the largest matrix."""
         from model.kernels import KernelWeight
 
         head = self.head.packed
-        if self.config.tie_embeddings and isinstance(head, KernelWeight):
+        if self._is_head_shared and isinstance(head, KernelWeight):
             self.embedding.look_up_in(head.panels.rows)
 
     @property
@@ -144,8 +217,37 @@ class Llama(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """What a step over all weights reads, on one rank."""
-        return self.num_parameters * self.dtype.itemsize // self.group.size
+        """What all weights take, on one rank."""
+        embedding = self.embedding.weight.numel() * self.dtype.itemsize
+        return self.read_bytes + (0 if self._is_head_shared else embedding)
+
+    @property
+    def read_bytes(self) -> int:
+        """What a decode step reads of them: all but the embedding's other rows."""
+        norms = sum(m.weight.numel() for m in self.modules() if isinstance(m, RMSNorm))
+        linears = sum(linear.num_bytes for linear in self._linears())
+        return linears + norms * self.dtype.itemsize
+
+    @property
+    def _is_head_shared(self) -> bool:
+        return self.config.tie_embeddings and not self.head.quantized_as
+
+    @property
+    def quantization(self) -> str:
+        """In words: "int4 weights, groups of 32; head: int8 weights, groups of 64", or "none"."""
+        layers = [linear for linear in self._linears() if linear is not self.head]
+        kinds = Counter(linear.quantized_as for linear in layers)
+        dense, head = kinds.pop("", 0), self.head.quantized_as
+        words = [
+            kind if len(kinds) == 1 else f"{count} x {kind}" for kind, count in kinds.most_common()
+        ]
+        if kinds and dense:
+            words.append(f"{dense} of {len(layers)} linear layers dense")
+        if head and list(kinds) != [head]:
+            words.append(f"head: {head}")
+        elif kinds and not head:
+            words.append("head dense")
+        return "; ".join(words) or "none"
 
 
 class Regions(NamedTuple):
@@ -167,17 +269,23 @@ class Layer(nn.Module):
         self.regions = Regions(Layer.enter, Layer.leave)
 
     def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
-        qkv = self.regions.enter(self, x, *angles)
-        return self.regions.leave(self, x, self.attention.mix(qkv, batch, cache))
+        adapters = batch.adapters
+        if adapters is None:
+            qkv = self.regions.enter(self, x, *angles)
+            return self.regions.leave(self, x, self.attention.mix(qkv, batch, cache))
+        qkv = self.enter(x, *angles, adapters)
+        return self.leave(x, self.attention.mix(qkv, batch, cache), adapters)
 
-    def enter(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def enter(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Up to attention: [T, hidden] -> [T, H + 2 K, D]."""
-        return self.attention.project(self.attention_norm(x), cosines, sines)
+        return self.attention.project(self.attention_norm(x), cosines, sines, adapters)
 
-    def leave(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def leave(self, x: Tensor, mixed: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """From what attention gave, [T, H * D], to the next layer: [T, hidden]."""
-        h = x + self.attention.output(mixed)
-        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h))
+        h = x + self.attention.output(mixed, adapters)
+        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h), adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
@@ -187,6 +295,9 @@ class Layer(nn.Module):
             "post_attention_layernorm.weight": self.feed_forward_norm.slot(),
             **self.feed_forward.slots(),
         }
+
+    def projections(self) -> dict[str, Projection]:
+        return self.attention.projections() | self.feed_forward.projections()
 
 
 class Attention(nn.Module):
@@ -210,10 +321,12 @@ class Attention(nn.Module):
         self.q_norm = make.norm(config.head_size) if config.qk_norm else None
         self.k_norm = make.norm(config.head_size) if config.qk_norm else None
 
-    def project(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def project(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Queries, keys and values, the first two turned: [T, H + 2 K, D]."""
         heads, size = self.num_heads, self.config.head_size
-        qkv: Tensor = self.qkv(x).view(x.size(0), -1, size)  # T, H + 2 K, D
+        qkv: Tensor = self.qkv(x, adapters).view(x.size(0), -1, size)  # T, H + 2 K, D
         turned = qkv[:, : heads + self.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turned[:, :heads], turned[:, heads:]
@@ -237,13 +350,15 @@ class Attention(nn.Module):
         return mixed.flatten(1)
 
     def slots(self) -> dict[str, WeightSlot]:
-        names = [f"self_attn.{name}_proj" for name in "qkv"]
-        found = self.qkv.slots(names, self.config.qkv_bias)
-        found |= self.output.slots(["self_attn.o_proj"], self.config.output_bias)
+        found = self.qkv.slots(QKV, self.config.qkv_bias)
+        found |= self.output.slots(OUTPUT, self.config.output_bias)
         if self.q_norm is not None and self.k_norm is not None:
             found["self_attn.q_norm.weight"] = self.q_norm.slot()
             found["self_attn.k_norm.weight"] = self.k_norm.slot()
         return found
+
+    def projections(self) -> dict[str, Projection]:
+        return projections_of(self.qkv, QKV) | projections_of(self.output, OUTPUT)
 
 
 class FeedForward(nn.Module):
@@ -257,14 +372,17 @@ class FeedForward(nn.Module):
         self.gate_up = make.linear(hidden, [inner, inner], bias=config.mlp_bias)
         self.down = make.linear(inner, [hidden], bias=config.mlp_bias, by_rows=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        gate, up = self.gate_up(x, adapters).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up, adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
-        found = self.gate_up.slots(["mlp.gate_proj", "mlp.up_proj"], self.has_bias)
-        return found | self.down.slots(["mlp.down_proj"], self.has_bias)
+        found = self.gate_up.slots(GATE_UP, self.has_bias)
+        return found | self.down.slots(DOWN, self.has_bias)
+
+    def projections(self) -> dict[str, Projection]:
+        return projections_of(self.gate_up, GATE_UP) | projections_of(self.down, DOWN)
 
 
 class _Maker:

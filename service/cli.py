@@ -1,4 +1,4 @@
-"""The command ``pronk``: serve, chat, bench, doctor, version.
+"""The command ``pronk``: serve, chat, quantize, eval, bench, doctor, version.
 
 Torch is imported only inside a command.
 """
@@ -6,6 +6,8 @@ Torch is imported only inside a command.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +70,92 @@ def chat(
         converse(ChatSettings(model, url, api_key, system, temperature, max_tokens))
     except ChatProblem as problem:
         fail(str(problem))
+
+
+class Scheme(StrEnum):
+    """What ``quantize`` writes."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class AnyScheme(StrEnum):
+    """What a model can be loaded as."""
+
+    AUTO = "auto"
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
+
+
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A UTF-8 file to score, repeatable; default: held-out passages that ship with pronk",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: the cores")]
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A Hugging Face folder or a hub id")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write")],
+    quantization: Annotated[Scheme, typer.Option(help="Bits of a weight")] = Scheme.INT8,
+    force: Annotated[bool, typer.Option(help="Replace a checkpoint that is there")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after")
+    ] = True,
+    text: Texts = None,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Write a quantized copy of a checkpoint, once (compressed-tensors, pack-quantized)."""
+    from service.evaluate import Device, EvaluationProblem
+    from service.evaluate import quantize as write
+
+    where = Device(device, check_dtype(dtype), threads)
+    texts = (text or []) if evaluate else None
+    try:
+        write(source, target, quantization.value, force=force, texts=texts, device=where)
+    except EvaluationProblem as problem:
+        fail(str(problem))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a .gguf file or a hub id; default: the bundled")
+    ] = None,
+    text: Texts = None,
+    quantization: Annotated[
+        AnyScheme, typer.Option(help="Measure the model under this scheme as well")
+    ] = AnyScheme.AUTO,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Print a model's perplexity, and what quantization makes of it."""
+    from service.evaluate import Device, EvaluationProblem
+    from service.evaluate import evaluate as measure
+
+    where = Device(device, check_dtype(dtype), threads)
+    try:
+        measure(model, text or [], quantization.value, where)
+    except EvaluationProblem as problem:
+        fail(str(problem))
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        fail(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}", code=2)
+    return dtype
 
 
 @app.command()

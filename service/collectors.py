@@ -189,6 +189,7 @@ def _cache_config(rows: Rows) -> Metric:
 def _lora_info(rows: Rows) -> Metric:
     labels = [*LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"]
     family = GaugeMetricFamily(VLLM + "lora_requests_info", "LoRA adapters in use", labels=labels)
-    for names, _ in rows:
-        family.add_metric([*names, "0", "", ""], 1)
+    for names, state in rows:
+        running, waiting = ",".join(state.running_adapters), ",".join(state.waiting_adapters)
+        family.add_metric([*names, str(state.max_loras), running, waiting], 1)
     return family

@@ -83,6 +83,7 @@ def _torch() -> list[Finding]:
         Finding("torch", torch.__version__, _torch_advice(torch.__version__)),
         Finding("oneDNN", "yes" if torch.backends.mkldnn.enabled else "no"),
         _kernels(),
+        _quantization(),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -115,6 +116,16 @@ def _kernels() -> Finding:
     usable, why = kernel_status()
     advice = "install a C compiler (gcc), then pronk again" if "compiler" in why else ""
     return Finding("kernels", why if usable else f"PyTorch ({why})", advice)
+
+
+def _quantization() -> Finding:
+    """Which schemes pay here: fp8 needs a GPU that multiplies it."""
+    import torch
+
+    schemes = ["int8", "int4"]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        schemes.append("fp8")
+    return Finding("--quantization", ", ".join(schemes))
 
 
 def _torch_advice(version: str) -> str:

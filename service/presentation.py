@@ -87,6 +87,8 @@ def banner(
         facts["attention"],
         facts["torch"],
     )
+    if facts.get("quantization", "none") != "none":
+        logger.info("%s", facts["quantization"])
     logger.info(
         "context %s tokens; KV cache %s tokens in %s; at most %s sequences and %s tokens a step",
         f"{model.context:,}",

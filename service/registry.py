@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from model.chat_template import ChatTemplate
     from model.tokenizer import Tokenizer
 
+MOST_NAMED = 20  # models a refusal lists
 DRAIN_RETRY = 5.0  # seconds: another replica should answer; this one will be gone
 LOADING = ("loading", "The model is still loading; try again shortly.")
 RESTARTING = ("engine_restarting", "The engine is being restarted; try again shortly.")
@@ -76,8 +77,33 @@ class Engine(Protocol):
         max_queue: float | None = None,
         prompt_logprobs: int | None = None,
         request_id: str = "",
+        adapter: str = "",
+        adapter_version: int = 0,
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
+
+    def load_adapter(self, name: str, folder: str) -> Coroutine[None, None, None]:
+        """In place of one of that name; ``state.adapters`` has it then. Raises a PronkError."""
+
+    def unload_adapter(self, name: str) -> Coroutine[None, None, None]:
+        """Requests that use it go on. Raises a PronkError."""
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A low-rank adapter: a model of its own to clients, a few more numbers to the engine."""
+
+    name: str
+    folder: Path
+    fingerprint: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def version(self, engine: Engine) -> int:
+        """Which loading of it new requests use. Raises ``ModelNotFound`` where there is none."""
+        version = engine.state.adapters.get(self.name, 0)
+        if not version:
+            raise ModelNotFound(f"The adapter {self.name!r} is not loaded.")
+        return version
 
 
 @dataclass
@@ -94,6 +120,7 @@ class ServedModel:
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    adapters: dict[str, ServedAdapter] = field(default_factory=dict)  # by name
 
     @property
     def name(self) -> str:
@@ -151,16 +178,27 @@ class ModelRegistry:
         return all(model.is_ready for model in self.models)
 
     def get(self, name: str | None) -> ServedModel:
-        """Raises ``ModelNotFound``; ``None`` is the first model."""
+        """Also by an adapter's name. Raises ``ModelNotFound``; ``None`` is the first model."""
+        return self.find(name)[0]
+
+    def find(self, name: str | None) -> tuple[ServedModel, ServedAdapter | None]:
+        """The model of that name, or an adapter and the model under it."""
         if name is None:
-            return self.models[0]
-        if (model := self._by_name.get(name)) is None:
-            known = ", ".join(sorted(self._by_name))
-            raise ModelNotFound(f"The model {name[:200]!r} does not exist here; served: {known}")
-        return model
+            return self.models[0], None
+        if (model := self._by_name.get(name)) is not None:
+            return model, None
+        for model in self.models:
+            if (adapter := model.adapters.get(name)) is not None:
+                return model, adapter
+        known = sorted([*self._by_name, *(name for m in self.models for name in m.adapters)])
+        listed = ", ".join(known[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
+        raise ModelNotFound(f"The model {name[:200]!r} does not exist here; served: {listed}")
 
     def names(self) -> list[tuple[str, ServedModel]]:
         return [(name, model) for model in self.models for name in model.names]
+
+    def adapters(self) -> list[tuple[ServedAdapter, ServedModel]]:
+        return [(one, model) for model in self.models for one in model.adapters.values()]
 
 
 def fingerprint(path: Path, config: bytes = b"") -> str:
@@ -177,3 +215,11 @@ def fingerprint(path: Path, config: bytes = b"") -> str:
             with file.open("rb") as stream:
                 digest.update(stream.read(1 << 16))
     return "fp_" + digest.hexdigest()[:16]
+
+
+def adapter_fingerprint(model: ServedModel, folder: Path) -> str:
+    """Of the model and what is added to it; an unreadable folder is the engine's to refuse."""
+    try:
+        return fingerprint(folder, model.fingerprint.encode())
+    except OSError:
+        return model.fingerprint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
@@ -29,7 +30,13 @@ from service.engine.options import EngineOptions
 from service.errors import EngineFailure
 from service.logs import configure_logging
 from service.protocol import HttpProtocol
-from service.registry import ModelRegistry, ServedModel, fingerprint
+from service.registry import (
+    ModelRegistry,
+    ServedAdapter,
+    ServedModel,
+    adapter_fingerprint,
+    fingerprint,
+)
 from service.settings import Settings
 
 logger = logging.getLogger("pronk")
@@ -111,6 +118,7 @@ def engine_options(
         socket="",  # the supervisor makes one
         device=settings.device,
         dtype=DTYPES.get(settings.dtype, settings.dtype),
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -133,6 +141,10 @@ def engine_options(
         speculative_ngram_max=settings.speculative_ngram_max,
         compile=settings.compile,
         compile_cache=str(settings.compile_cache) if settings.compile_cache else None,
+        max_loras=settings.max_running_loras,
+        max_lora_rank=settings.max_lora_rank,
+        max_cpu_loras=settings.max_cpu_loras,
+        adapters={name: str(folder.expanduser()) for name, folder in settings.adapters.items()},
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
@@ -161,6 +173,12 @@ class Server:
         self.engine = EngineClient(engine_options(settings, source, self.plan, self.draft))
         names = settings.served_model_name or [source.name]
         self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
+        if both := settings.adapters.keys() & set(names):
+            raise ServeProblem(f"{min(both)} names both the model and an adapter")
+        self.model.adapters = {
+            name: ServedAdapter(name, folder.expanduser())
+            for name, folder in settings.adapters.items()
+        }
         self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
         self.http = _Uvicorn(self._uvicorn_config())
         self.code = 0
@@ -305,5 +323,11 @@ def describe(served: ServedModel, path: Path, settings: Settings) -> None:
     served.vocab_size = config.vocab_size
     served.eos_token_ids = tuple(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_ids]))
     served.generation_defaults = generation_defaults(path)
-    served.fingerprint = fingerprint(path, repr((settings.dtype, settings.device)).encode())
+    chosen: tuple[str, ...] = (settings.dtype, settings.device)
+    if settings.quantization != "auto":
+        chosen += (settings.quantization,)
+    served.fingerprint = fingerprint(path, repr(chosen).encode())
+    for name, adapter in served.adapters.items():
+        own = adapter_fingerprint(served, adapter.folder)
+        served.adapters[name] = dataclasses.replace(adapter, fingerprint=own)
     served.tokenizer = tokenizer  # last: its presence says that the rest is there

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +28,11 @@ from pydantic_settings import (
 GIB = 1 << 30
 MIB = 1 << 20
 ENVIRONMENT_PREFIX = "PRONK_"
+LORA_NAME = re.compile(r"[^\s=,\x00-\x1f\x7f]{1,128}")  # labels and lists hold it as it is
 
 Strings = Annotated[list[str], NoDecode]  # lists from the environment: JSON or comma-separated
 Secrets = Annotated[list[SecretStr], NoDecode]
+LoraModules = Annotated[list[str], NoDecode]  # name=folder each, once read
 
 
 class TomlSettingsSource(PydanticBaseSettingsSource):
@@ -103,6 +107,11 @@ class Settings(BaseSettings):
         "auto",
         description="Number format of weights and cache; auto: the checkpoint's, "
         "or float32 where the processor is slow at it",
+    )
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        "auto",
+        description="Weights of linear layers, made while loading; auto: as the checkpoint holds "
+        "them; none: widened; fp8 needs a GPU",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="GPUs one model is split over (only 1 in this version)"
@@ -187,6 +196,22 @@ class Settings(BaseSettings):
     speculative_ngram_max: int = Field(
         4, ge=1, le=32, description="Last tokens compared to find the best place"
     )
+    # ---- adapters
+    lora_modules: LoraModules = Field(
+        [],
+        description="A LoRA adapter to serve beside the model: name=folder (PEFT's layout), or "
+        '{"name": ..., "path": ...}; its name selects it; give the flag once for each',
+    )
+    lora_root: Path | None = Field(
+        None,
+        description="Folder whose adapters clients with a key may load at run time "
+        "(/v1/load_lora_adapter); default: none may",
+    )
+    max_loras: int = Field(
+        8, ge=1, le=256, description="Different adapters that run together; each takes memory"
+    )
+    max_lora_rank: int = Field(16, ge=1, le=512, description="Largest rank an adapter may have")
+    max_cpu_loras: int = Field(32, ge=1, le=4096, description="Adapters kept in memory")
 
     # ---- bounds
     max_queued_requests: int = Field(
@@ -254,6 +279,14 @@ class Settings(BaseSettings):
             return [part for item in value for part in _split(item)]
         return value
 
+    @field_validator("lora_modules", mode="before")
+    @classmethod
+    def read_lora_modules(cls, value: Any) -> Any:
+        """``name=folder``, vLLM's JSON object, or a list or table of them."""
+        if isinstance(value, dict) and not all(isinstance(one, str) for one in value.values()):
+            raise ValueError("must be name=folder")
+        return list(_lora_modules(value))
+
     @field_validator("block_size")
     @classmethod
     def known_block_size(cls, value: int) -> int:
@@ -267,6 +300,27 @@ class Settings(BaseSettings):
         if value != 1:
             raise ValueError("this version serves a model from one device; use 1")
         return value
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of ``lora_modules`` by name."""
+        pairs = (one.partition("=") for one in self.lora_modules)
+        return {name: Path(folder) for name, _, folder in pairs}
+
+    @property
+    def max_running_loras(self) -> int:
+        """0 where this server is to serve none."""
+        return self.max_loras if self.lora_modules or self.lora_root else 0
+
+    @model_validator(mode="after")
+    def adapters_have_one_name_each(self) -> Settings:
+        if len(self.adapters) < len(self.lora_modules):
+            raise ValueError("lora_modules gives one name to two adapters")
+        if both := self.adapters.keys() & set(self.served_model_name):
+            raise ValueError(f"{min(both)} names both the model and an adapter")
+        if len(self.adapters) > self.max_cpu_loras:
+            raise ValueError(f"lora_modules holds more than max_cpu_loras, {self.max_cpu_loras}")
+        return self
 
     @model_validator(mode="after")
     def speculation_fits_together(self) -> Settings:
@@ -310,6 +364,46 @@ def _split(text: str) -> list[str]:
             raise ValueError("must be a JSON list of strings")
         return values
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _lora_modules(value: Any) -> Iterator[str]:
+    """Every adapter of what a flag, a variable or a file gave, as name=folder."""
+    if isinstance(value, str):
+        yield from _lora_modules_in(value.strip())
+    elif isinstance(value, dict):
+        if value.keys() & {"name", "path"}:
+            yield _lora_module(value.get("name"), value.get("path"))
+        else:
+            for name, folder in value.items():
+                yield _lora_module(name, folder)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _lora_modules(one)
+    else:
+        raise ValueError("must be name=folder")
+
+
+def _lora_modules_in(text: str) -> Iterator[str]:
+    """Of a command line whose flags were joined by commas, JSON among them."""
+    while text:
+        if text[0] in "[{":
+            import json
+
+            found, end = json.JSONDecoder().raw_decode(text)
+            yield from _lora_modules(found)
+        else:
+            end = text.find(",") if "," in text else len(text)
+            name, _, folder = text[:end].partition("=")
+            yield _lora_module(name.strip(), folder.strip())
+        text = text[end:].lstrip(", ")
+
+
+def _lora_module(name: Any, folder: Any) -> str:
+    if not isinstance(name, str) or not isinstance(folder, str) or not name or not folder:
+        raise ValueError("must be name=folder")
+    if not LORA_NAME.fullmatch(name):
+        raise ValueError(f"{name!r:.80} is no name: up to 128 characters, no spaces, no =")
+    return f"{name}={folder}"
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:

@@ -107,6 +107,22 @@ def test_a_start_that_cannot_be_says_so_in_a_line(arguments: list[str], words: s
     assert "Traceback" not in done.stderr
 
 
+def test_quantized_weights_serve_and_the_banner_says_so() -> None:
+    with serving("--quantization", "int4", "--no-sample") as server:
+        body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200
+        assert len(answer.json()["choices"][0]["text"].split()) > 5
+        assert "int4 weights, groups of 32; head: int8 weights, groups of 64" in server.output()
+
+
+def test_fp8_on_a_processor_ends_the_server_with_the_reason() -> None:
+    done = pronk("serve", "--quantization", "fp8", "--device", "cpu", "--port", "0")
+    assert done.returncode == 1
+    assert "use int8 or int4 on a CPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_taken_port_is_said_at_once(server: Running) -> None:
     done = pronk("serve", "--port", server.url.rpartition(":")[2])
     assert done.returncode == 1

@@ -55,16 +55,18 @@ def load_model(
     attention: str = "auto",
     cache_dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    quantization: str = "auto",
 ) -> Llama:
     """The network of a local checkpoint, filled, packed and in eval mode.
 
-    ``cache_dtype`` is of the pages it will be run over (model.kv_format). ``progress`` is called
-    with (bytes done, bytes in all) after every tensor. Raises
-    CheckpointError, or the config's own UnsupportedModel and InvalidConfig; all are ValueErrors.
+    ``quantization``: auto (as the checkpoint is), none, int8, int4 or fp8. ``cache_dtype`` is of
+    the pages it will be run over (model.kv_format). ``progress`` is called with (bytes done, bytes
+    in all) after every tensor. Raises CheckpointError, or the config's own UnsupportedModel and
+    InvalidConfig; all are ValueErrors.
     """
     from model.checkpoint.loading import load
 
-    return load(inspect(path), dtype, device, attention, progress, cache_dtype)
+    return load(inspect(path), dtype, device, attention, progress, cache_dtype, quantization)
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from model.checkpoint.gguf_header import GGUFTensor
 from model.checkpoint.inspection import Checkpoint
 from model.checkpoint.stored import StoredTensor, Weights, forget_pages, halves_from_pairs
 from model.config import ModelConfig
+from model.quantization import QuantizedWeight
+from model.schemes import AnyWeight
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER_NAMES = {
@@ -46,6 +48,8 @@ _PLAIN: dict[GGMLQuantizationType, Any] = {
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.BF16: np.int16,  # numpy has no bfloat16: viewed as such by torch
 }
+# Blocks of 32 with one float16 scale, which are kept as they are: 8 bits, or 4 bits less 8.
+_KEPT = {GGMLQuantizationType.Q8_0: 8, GGMLQuantizationType.Q4_0: 4}
 _SLICE = 1 << 20  # numbers unpacked at a time: 4 MiB, and the gguf package's temporaries
 
 
@@ -90,9 +94,13 @@ def _name(name: str) -> str:
 @contextmanager
 def _read(
     raw: np.ndarray, stored: GGUFTensor, heads: int | None, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    tensor = _plain(raw, stored) if stored.kind in _PLAIN else _unpacked(raw, stored, dtype)
-    yield tensor if heads is None else halves_from_pairs(tensor, heads)
+) -> Iterator[AnyWeight]:
+    if stored.kind in _KEPT and len(stored.shape) == 2:
+        weight = _kept(raw, stored)
+        yield weight if heads is None else weight.outputs(_halved_rows(stored.shape[0], heads))
+    else:
+        tensor = _plain(raw, stored) if stored.kind in _PLAIN else _unpacked(raw, stored, dtype)
+        yield tensor if heads is None else halves_from_pairs(tensor, heads)
     forget_pages(raw.ctypes.data, raw.nbytes)
 
 
@@ -100,6 +108,24 @@ def _plain(raw: np.ndarray, stored: GGUFTensor) -> Tensor:
     tensor = torch.from_numpy(raw.view(_PLAIN[stored.kind]).reshape(stored.shape))
     is_bfloat16 = stored.kind == GGMLQuantizationType.BF16
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def _kept(raw: np.ndarray, stored: GGUFTensor) -> QuantizedWeight:
+    """Q8_0: a scale, 32 signed bytes. Q4_0: a scale, 16 bytes, input i beside input i + 16."""
+    bits, rows = _KEPT[stored.kind], stored.shape[0]
+    blocks = torch.from_numpy(raw.reshape(rows, -1, GGML_QUANT_SIZES[stored.kind][1]))
+    scales = blocks[:, :, :2].contiguous().view(torch.float16).squeeze(-1).float()
+    values = blocks[:, :, 2:]
+    if bits == 8:
+        values = values ^ 128  # plus 128
+    else:
+        even, odd = values[:, :, ::2], values[:, :, 1::2]
+        values = torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), dim=-1)
+    return QuantizedWeight(values.flatten(1), scales, None, bits, 32)
+
+
+def _halved_rows(rows: int, heads: int) -> Tensor:
+    return halves_from_pairs(torch.arange(rows).unsqueeze(1), heads).squeeze(1)
 
 
 def _unpacked(raw: np.ndarray, stored: GGUFTensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from model.checkpoint.documents import read_json, read_optional_json
 from model.checkpoint.errors import CheckpointError, some_names
 from model.checkpoint.inspection import Checkpoint
+from model.checkpoint.quantization_config import read_quantization
 from model.checkpoint.stored import Reading, StoredTensor, Weights, mapped
 from model.config import ModelConfig
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_QUANTIZED_SIZES = {"I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # float32 for the rest
 
 # Buffers of old files that follow from the config.
@@ -30,24 +32,11 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     if not (checkpoint.folder / "config.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} holds safetensors files but no config.json")
     config = read_json(checkpoint.folder / "config.json")
-    _refuse_quantized(config)
+    read_quantization(config)  # refuses what is not known
     if not config.get("dtype") and not config.get("torch_dtype"):
         config["torch_dtype"] = _stored_dtype(str(checkpoint.files[0]))
     generation = read_optional_json(checkpoint.folder / "generation_config.json")
     return ModelConfig.from_huggingface(config, generation)
-
-
-def _refuse_quantized(config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
-        return
-    method = "unknown"
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method") or quantization.get("quantization_type") or method
-    raise CheckpointError(
-        f"the weights are quantized with {method!r}, which is not supported yet: "
-        "use the unquantized checkpoint or a GGUF file"
-    )
 
 
 def _stored_dtype(file: str) -> str:
@@ -63,33 +52,39 @@ def _stored_dtype(file: str) -> str:
 
 def open_weights(checkpoint: Checkpoint) -> Weights:
     config = read_config(checkpoint)
-    tensors = [tensor for file in checkpoint.files for tensor in _tensors_of(str(file))]
+    quantization = read_quantization(read_json(checkpoint.folder / "config.json"))
+    sizes = _ITEM_SIZES if quantization is None else _ITEM_SIZES | _QUANTIZED_SIZES
+    tensors = [tensor for file in checkpoint.files for tensor in _tensors_of(str(file), sizes)]
+    if quantization is not None:
+        from model.checkpoint.prequantized import combine
+
+        tensors = combine(tensors, quantization, config)
     return Weights(config, tensors)
 
 
-def _tensors_of(file: str) -> list[StoredTensor]:
+def _tensors_of(file: str, sizes: dict[str, int]) -> list[StoredTensor]:
     """The tensors of one file in the order they lie in; the header is checked by safetensors."""
     try:
         handle: Any = safe_open(file, framework="pt")  # maps the file, reads the header
         names = [name for name in handle.offset_keys() if not _DERIVED.fullmatch(name)]
         _refuse_multimodal(names)
-        return [_stored(handle, name, file) for name in names]
+        return [_stored(handle, name, file, sizes) for name in names]
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{_base(file)} is damaged or no safetensors file: {error}"
         ) from error
 
 
-def _stored(handle: Any, name: str, file: str) -> StoredTensor:
+def _stored(handle: Any, name: str, file: str, sizes: dict[str, int]) -> StoredTensor:
     view = handle.get_slice(name)
     shape, dtype = tuple(view.get_shape()), view.get_dtype()
-    if dtype not in _ITEM_SIZES:
+    if dtype not in sizes:
         raise CheckpointError(
             f"{name} in {_base(file)} is stored as {dtype}, which is not supported: "
             "use a checkpoint in bfloat16, float16 or float32"
         )
-    size = math.prod(shape) * _ITEM_SIZES[dtype]
-    return StoredTensor(name, shape, size, partial(_read, handle, name))
+    size = math.prod(shape) * sizes[dtype]
+    return StoredTensor(name, shape, size, partial(_read, handle, name), dtype)
 
 
 def _read(handle: Any, name: str, dtype: torch.dtype) -> Reading:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from model.checkpoint.errors import CheckpointError, some_names
 from model.checkpoint.inspection import Checkpoint
 from model.checkpoint.stored import StoredTensor, Weights
 from model.kv_format import cache_format
 from model.llama import Llama, WeightSlot
+from model.schemes import check_scheme, dense
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -37,14 +39,17 @@ def load(
     attention: str,
     progress: Progress | None,
     cache_dtype: str = "auto",
+    quantization: str = "auto",
 ) -> Llama:
     device = torch.device(device)
+    check_scheme(quantization, device)
     weights = _settle_tying(_open(checkpoint))
     _check_layers(weights)
     _check_sizes(checkpoint, weights)
     wanted = resolve_dtype(dtype, weights.config.dtype, device)
     pages = cache_format(cache_dtype, wanted)
     model = Llama(weights.config, wanted, device, attention=attention, cache_dtype=pages)
+    model.quantize(quantization)
     fill(model.slots(), weights, wanted, progress)
     model.pack()
     return model.eval()
@@ -109,6 +114,8 @@ def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
     with one.read(torch.float32) as left, other.read(torch.float32) as right:
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            left, right = dense(left), dense(right)
         return torch.equal(left[:1], right[:1]) and torch.equal(left, right)
 
 

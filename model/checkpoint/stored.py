@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# A context manager around the tensor: on leaving it the memory behind it may be given back.
-Reading: TypeAlias = "AbstractContextManager[Tensor]"
+    from model.schemes import AnyWeight
+
+# A context manager around the weight: on leaving it the memory behind it may be given back.
+Reading: TypeAlias = "AbstractContextManager[AnyWeight]"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     num_bytes: int  # in the file
-    read: Callable[[torch.dtype], Reading]  # quantized blocks are unpacked to that dtype
+    read: Callable[[torch.dtype], Reading]  # what is unpacked is unpacked to that dtype
+    kind: str = ""  # safetensors' name of the dtype in the file
 
 
 @dataclass(frozen=True)

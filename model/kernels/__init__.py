@@ -20,14 +20,14 @@ from torch import Tensor
 
 from model.kernels.packing import PANEL, Panels, WeightStruct, can_pack, pack
 from model.processor import processor_features
-from model.quantization import QuantizedWeight
+from model.schemes import AnyWeight
 
 MAX_HEAD_SIZE = 256
 SEGMENT, MAX_SEGMENTS = 256, 32  # keys at least in a segment of a context; segments at most
 NEEDED_FEATURES = frozenset(
     {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 )
-VERSION = 2
+VERSION = 3
 CACHE_KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
 
 _TO_BF16, _TO_FLOAT, _ADD_TO_BF16 = range(3)
@@ -47,6 +47,7 @@ class _Call(ctypes.Structure):
         ("kind", _int),
         ("threads", _int),
         ("eps", _float),
+        ("more", _pointer),
     )
 
 
@@ -165,11 +166,14 @@ class PreparedLinear:
             kind,
             kernels.threads,
             eps,
+            None,
         )
         self._pointer = ctypes.byref(self._call)
         self._function = kernels.library.gate_up if gates else kernels.library.linear
 
-    def __call__(self, rows: int) -> None:
+    def __call__(self, rows: int, more: Tensor | None = None) -> None:
+        """``more`` [rows, 2 I] is added to gate and up before silu: zeros change no bit."""
+        self._call.more = _address(more)
         if self._order is not None:
             torch.index_select(self._x[:rows], 1, self._order, out=self._sorted[:rows])
         self._function(self._pointer, rows)
@@ -265,7 +269,7 @@ class Kernels:
         self.library = library
         self._scratch: dict[str, Tensor] = {}
 
-    def pack(self, weight: Tensor | QuantizedWeight) -> KernelWeight | None:
+    def pack(self, weight: AnyWeight) -> KernelWeight | None:
         """The weight as the kernels read it; None where its shape or dtype is not theirs."""
         if not can_pack(weight):
             return None
@@ -300,14 +304,20 @@ class Kernels:
         PreparedLinear(self, weight, x, residual, bias=bias, adds=True)(x.shape[0])
 
     def gate_up(
-        self, x: Tensor, norm: Tensor, weight: KernelWeight, bias: Tensor | None, eps: float
+        self,
+        x: Tensor,
+        norm: Tensor,
+        weight: KernelWeight,
+        bias: Tensor | None,
+        eps: float,
+        more: Tensor | None = None,
     ) -> Tensor:
         """silu(norm(x) @ gate.T) * (norm(x) @ up.T): weight [2 I, K], gate above up -> [M, I]."""
         inner = weight.panels.outputs // 2
         assert inner % PANEL == 0, "gate and up begin with a panel of their own"
         out = torch.empty(x.shape[0], inner, dtype=torch.bfloat16)
         call = PreparedLinear(self, weight, x, out, norm=norm, bias=bias, eps=eps, gates=True)
-        call(x.shape[0])
+        call(x.shape[0], more)
         return out
 
     def paged_attention(
@@ -354,6 +364,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.paged_attention.restype = None
     library.block_scratch_bytes.argtypes = [_int, _int]
     library.block_scratch_bytes.restype = ctypes.c_long
+
+
+def kernel_library() -> ctypes.CDLL | None:
+    """The loaded library, for functions that are declared elsewhere."""
+    return _library()[0]
 
 
 def load_kernels(threads: int | None = None) -> Kernels | None:

@@ -21,7 +21,8 @@
 
 #define INT_TILE 6          // rows of an integer product held in registers
 #define TASK_ROWS 96        // rows one thread takes at a time
-#define PREFETCH_BYTES 4096 // ahead of the read
+#define PREFETCH_BYTES 2048 // ahead of the read
+#define TURNS 4             // a thread takes neighbouring panels: so often at least, where memory binds
 
 typedef struct {
     const void *panels;   // bf16 [panels][K / 2][32][2]; 8 bits [panels][K / 4][32][4]; 4 bits
@@ -46,6 +47,7 @@ typedef struct {
     void *scratch;               // what `prepare` writes: 3 K + 8 K / group bytes a row
     int kind, threads;
     float eps;
+    const bf16 *more;            // of gate_up: [M, 2 I] added before silu, or NULL
 } Call;
 
 enum { TO_BF16, TO_FLOAT, ADD_TO_BF16 };
@@ -226,11 +228,19 @@ static void store_row(const float *sums, const bf16 *bias, int kind, void *out, 
     }
 }
 
+// What one thread takes at a time. Of a few rows neighbours, so that what is fetched ahead of a
+// panel's end is its own next one; else one by one, so that all end together.
+INLINE int panels_a_turn(const Call *c, int panels, int M) {
+    const int share = panels / (TURNS * c->threads);
+    return M <= TILE && share > 1 ? share : 1;
+}
+
 // One thread's piece of work: a panel and up to TASK_ROWS rows. A panel's pieces follow one another,
 // so that it comes from memory once.
 #define FOR_PIECES(panels) \
     const int pieces = (M + TASK_ROWS - 1) / TASK_ROWS; \
-    _Pragma("omp for schedule(dynamic) nowait") for (int task = 0; task < (panels) * pieces; task++) \
+    const int turn = panels_a_turn(c, panels, M); \
+    _Pragma("omp for schedule(dynamic, turn) nowait") for (int task = 0; task < (panels) * pieces; task++) \
         for (int panel = task / pieces, m = task % pieces * TASK_ROWS, rows, \
                  end = at_most(m + TASK_ROWS, M); \
              rows = at_most(end - m, tile_rows(w)), m < end; m += rows)
@@ -276,15 +286,19 @@ void gate_up(const Call *c, int M) {
             for (int r = 0; r < rows; r++)
                 for (int i = 0; i < PANEL; i += LANES) {
                     const int n = panel * PANEL + i;
-                    const __m512 g = biased(gate[r] + i, bias ? bias + n : bias, 0xffff);
-                    const __m512 u = biased(up[r] + i, bias ? bias + I + n : bias, 0xffff);
+                    __m512 g = biased(gate[r] + i, bias ? bias + n : bias, 0xffff);
+                    __m512 u = biased(up[r] + i, bias ? bias + I + n : bias, 0xffff);
+                    if (c->more) {
+                        const bf16 *more = c->more + (long)(m + r) * 2 * I + n;
+                        g = _mm512_add_ps(g, widen(more)), u = _mm512_add_ps(u, widen(more + I));
+                    }
                     narrow((bf16 *)c->out + (long)(m + r) * I + n, silu_times(g, u));
                 }
         }
     }
 }
 
-int kernels_version(void) { return 2; }
+int kernels_version(void) { return 3; }
 
 #else
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.quantization import QuantizedWeight
+from model.schemes import AnyWeight
 
 PANEL = 32
+_LARGEST_GROUP = 128
 _HUGE_PAGE = 2 << 20
 
 
@@ -70,16 +72,18 @@ class Panels:
         return sum(each.numel() * each.element_size() for each in tensors if each is not None)
 
 
-def can_pack(weight: Tensor | QuantizedWeight) -> bool:
+def can_pack(weight: AnyWeight) -> bool:
+    """Integers in groups of whole vectors, or bf16 in pairs."""
     inputs = weight.shape[1]
     if isinstance(weight, QuantizedWeight):
         return weight.group % 16 == 0 and inputs % weight.group == 0
-    return weight.dtype == torch.bfloat16 and inputs % 2 == 0
+    return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and inputs % 2 == 0
 
 
-def pack(weight: Tensor | QuantizedWeight) -> Panels:
+def pack(weight: AnyWeight) -> Panels:
     if isinstance(weight, QuantizedWeight):
         return _pack_integers(weight)
+    assert isinstance(weight, Tensor), "neither bf16 nor integers"
     outputs, inputs = weight.shape
     padded = _pad_outputs(weight)
     panels = _settle(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2))
@@ -87,6 +91,7 @@ def pack(weight: Tensor | QuantizedWeight) -> Panels:
 
 
 def _pack_integers(weight: QuantizedWeight) -> Panels:
+    weight = weight.in_groups(_group(weight.group))
     outputs, inputs = weight.shape
     values = _pad_outputs(weight.unpacked())
     if weight.bits == 8:
@@ -104,6 +109,13 @@ def _pack_integers(weight: QuantizedWeight) -> Panels:
         None if weight.zeros is None else _by_panel(weight.zeros),
         weight.order,
     )
+
+
+def _group(group: int) -> int:
+    """Inputs are rounded to 8 bits a group at a time: not too many of them together."""
+    if group <= _LARGEST_GROUP:
+        return group
+    return next((fit for fit in (128, 64, 32, 16) if group % fit == 0), group)
 
 
 def _by_panel(groups: Tensor) -> Tensor:

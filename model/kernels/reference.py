@@ -46,8 +46,16 @@ def linear_add(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor)
     residual.copy_(residual.float() + linear(x, None, weight, bias, 0.0, torch.float32))
 
 
-def gate_up(x: Tensor, norm: Tensor, weight: Weight, bias: Tensor | None, eps: float) -> Tensor:
-    gate, up = linear(x, norm, weight, bias, eps, torch.float32).chunk(2, dim=-1)
+def gate_up(
+    x: Tensor,
+    norm: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    eps: float,
+    more: Tensor | None = None,
+) -> Tensor:
+    both = linear(x, norm, weight, bias, eps, torch.float32)
+    gate, up = (both if more is None else both + more.float()).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 

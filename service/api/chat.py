@@ -149,7 +149,7 @@ class ChatShape:
             id=self._id,
             created=self._created,
             model=self._model,
-            system_fingerprint=self._job.model.fingerprint,
+            system_fingerprint=self._job.fingerprint,
             choices=choices,
             usage=usage,
         )
@@ -159,7 +159,7 @@ class ChatShape:
             id=self._id,
             created=self._created,
             model=self._model,
-            system_fingerprint=self._job.model.fingerprint,
+            system_fingerprint=self._job.fingerprint,
             choices=[self._choice(event) for event in events],
             usage=usage,
         )

@@ -184,7 +184,7 @@ class CompletionShape:
             id=self._id,
             created=self._created,
             model=self._model,
-            system_fingerprint=self._job.model.fingerprint,
+            system_fingerprint=self._job.fingerprint,
             choices=choices,
             usage=usage,
         )

@@ -65,6 +65,7 @@ def make_job(
 ) -> Job:
     """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs."""
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
+    adapter = server.models.find(fields.model)[1]
     skip_special = fields.skip_special_tokens is not False
     return Job(
         model=model,
@@ -87,6 +88,8 @@ def make_job(
         arrival=exchange.arrival,
         wave=min(WAVE, server.settings.max_queued_requests),
         log_content=server.settings.log_content,
+        adapter=adapter,
+        adapter_version=0 if adapter is None else adapter.version(engine),
     )
 
 

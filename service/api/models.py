@@ -10,7 +10,7 @@ from starlette.responses import Response
 from service.api.openapi import documented
 from service.api.schemas.models import ModelCard, ModelList
 from service.api.server import server_of
-from service.registry import ServedModel
+from service.registry import ServedAdapter, ServedModel
 
 router = APIRouter()
 
@@ -21,17 +21,28 @@ def json_response(answer: msgspec.Struct) -> Response:
 
 @router.get("/v1/models", **documented(None, ModelList))
 async def list_models(request: Request) -> Response:
-    """Every name this server answers to."""
-    names = server_of(request).models.names()
-    return json_response(ModelList(data=[card(name, model) for name, model in names]))
+    """Every name this server answers to: models, and adapters with the model they adapt."""
+    models = server_of(request).models
+    cards = [card(name, model) for name, model in models.names()]
+    cards += [adapter_card(adapter, model) for adapter, model in models.adapters()]
+    return json_response(ModelList(data=cards))
 
 
 @router.get("/v1/models/{model_id:path}", **documented(None, ModelCard))
 async def retrieve_model(request: Request, model_id: str) -> Response:
-    """One model's card."""
-    return json_response(card(model_id, server_of(request).models.get(model_id)))
+    """One model's card, or an adapter's."""
+    model, adapter = server_of(request).models.find(model_id)
+    found = card(model_id, model) if adapter is None else adapter_card(adapter, model)
+    return json_response(found)
 
 
 def card(name: str, model: ServedModel) -> ModelCard:
     length = None if model.tokenizer is None else model.context
     return ModelCard(id=name, created=model.created, root=model.name, max_model_len=length)
+
+
+def adapter_card(adapter: ServedAdapter, model: ServedModel) -> ModelCard:
+    """``root`` is its folder's own name: paths are nobody's business."""
+    found = card(adapter.name, model)
+    found.created, found.root, found.parent = adapter.created, adapter.folder.name, model.name
+    return found

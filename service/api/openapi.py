@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from service import __version__
 from service.api.errors import ErrorEnvelope
+from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
 from service.api.schemas.models import ModelCard, ModelList
@@ -23,6 +24,8 @@ REQUESTS: list[type[BaseModel]] = [
     ChatRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
 ]
 ANSWERS = [
     Completion,
@@ -37,6 +40,7 @@ ANSWERS = [
 ERRORS = {
     400: "A field is wrong, out of bounds or not supported yet",
     401: "No API key, or a wrong one",
+    403: "The server does not let requests do this",
     404: "No such model",
     408: "The body took too long",
     413: "The body is too large",
@@ -52,10 +56,11 @@ def _json(schema: str) -> dict[str, Any]:
 
 
 def documented(
-    request: type[BaseModel] | None, answer: type[msgspec.Struct], *, streams: bool = False
+    request: type[BaseModel] | None, answer: type[msgspec.Struct] | None, *, streams: bool = False
 ) -> dict[str, Any]:
-    """Arguments of a route: its body, its answer, and every error in the one envelope."""
-    content = _json(answer.__name__)
+    """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope."""
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    content = text if answer is None else _json(answer.__name__)
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 404, 503)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import random
@@ -31,6 +32,7 @@ class Server:
     flags: AppState
     seeds: random.Random = field(default_factory=random.SystemRandom)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    adapters_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change at a time
 
     def __post_init__(self) -> None:
         self.flags.draining = False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from service.engine.messages import Output, SamplingSettings
 from service.errors import Overloaded
-from service.registry import Engine, Generation, ServedModel
+from service.registry import Engine, Generation, ServedAdapter, ServedModel
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
@@ -60,6 +60,12 @@ class Job:
     arrival: float = 0.0  # time.monotonic()
     wave: int = WAVE
     log_content: bool = False
+    adapter: ServedAdapter | None = None
+    adapter_version: int = 0  # the loading it began with serves all of it
+
+    @property
+    def fingerprint(self) -> str:
+        return self.model.fingerprint if self.adapter is None else self.adapter.fingerprint
 
     @property
     def n(self) -> int:
@@ -90,6 +96,8 @@ class Job:
             max_queue=self.max_queue,
             prompt_logprobs=self.prompt_logprobs,
             request_id=self.request_id,
+            adapter="" if self.adapter is None else self.adapter.name,
+            adapter_version=self.adapter_version,
         )
 
 

@@ -61,6 +61,7 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._admissions: dict[int, asyncio.Future[None]] = {}
         self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._adapters = dict(options.adapters)  # name to folder: what a new engine is to load
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -131,16 +132,35 @@ class EngineClient:
 
     async def ping(self) -> Reply:
         """Ask the engine for a sign of life between two steps. Raises ``EngineFailure``."""
+        return await self._control("ping")
+
+    async def _control(self, verb: str, adapter: str = "", path: str = "") -> Reply:
         if not self._supervisor.is_connected:
             raise errors.EngineFailure("no engine is connected")
         number = self._new_id()
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[number] = reply
         try:
-            self._supervisor.send(Control(id=number, verb="ping"))
+            self._supervisor.send(Control(number, verb, adapter, path))
             return await reply
         finally:
             self._replies.pop(number, None)
+
+    # ---- adapters
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """In place of one of that name. Raises the engine's refusal; ``state.adapters`` has it."""
+        self._refuse_unless_serving()
+        await self._control("load_adapter", name, folder)
+        self._adapters[name] = folder
+        self._supervisor.set_adapters(dict(self._adapters))
+
+    async def unload_adapter(self, name: str) -> None:
+        """New requests no longer find it, those that run go on. Raises ``NotFound``."""
+        self._adapters.pop(name, None)
+        self._supervisor.set_adapters(dict(self._adapters))
+        self._refuse_unless_serving()
+        await self._control("unload_adapter", name)
 
     # ---- requests
 
@@ -158,6 +178,8 @@ class EngineClient:
         max_queue: float | None = None,
         prompt_logprobs: int | None = None,
         request_id: str = "",
+        adapter: str = "",
+        adapter_version: int = 0,
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
         submit = Submit(
@@ -172,6 +194,8 @@ class EngineClient:
             max_queue=max_queue,
             prompt_logprobs=prompt_logprobs,
             request_id=request_id,
+            adapter=adapter,
+            adapter_version=adapter_version,
         )
         generation = await self._admit(submit)
         try:
@@ -266,6 +290,9 @@ class EngineClient:
     def _settle(self, number: int, error: errors.PronkError | None) -> None:
         """Answer the submit that waits; one that hung up has left no future behind."""
         admission = self._admissions.get(number)
+        reply = self._replies.get(number)
+        if error is not None and reply is not None and not reply.done():
+            reply.set_exception(error)
         if admission is None or admission.done():
             return
         if error is None:

@@ -96,6 +96,8 @@ class Drafter:
             self.cache.copy(step.copies)
         for source, target, tokens in step.copies:
             self._computed[target] = min(self._computed[source], tokens)
+        for _, block, _ in step.loads:  # what comes from the host is the model's alone
+            self._computed[block] = 0
         for row in step.rows:
             self._forget(row.sequence.block_table, row.start, row.end + row.num_ahead)
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
+from service.engine.adapters import AdapterTable, AdapterTurns
 from service.engine.counters import Counters
 from service.engine.paging import Paging
 from service.engine.sequence import Sequence, Status
@@ -35,6 +36,7 @@ class Lineup:
         clock: Callable[[], float],
         speculator: Speculator,
         max_model_len: int,
+        adapters: AdapterTable,
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting = waiting
@@ -46,6 +48,8 @@ class Lineup:
         self._clock = clock
         self._speculator = speculator
         self._max_model_len = max_model_len
+        self._adapters = adapters
+        self._turns = AdapterTurns(adapters.num_slots, clock)
 
     @property
     def free_slots(self) -> int:
@@ -66,7 +70,9 @@ class Lineup:
         """
         self._fill_decodes(step)
         self._fill_prompts(step)
-        step.put_single_tokens_first()
+        if self._adapters.num_slots:
+            self._place_adapters(step)
+        step.put_in_order()
         room = self._budget - step.num_tokens if may_guess else 0
         self._speculator.extend(step, room, self._max_model_len, self._paging)
         self._settle_host(step)
@@ -77,6 +83,12 @@ class Lineup:
         counters.host_stores += len(step.stores)
         counters.host_loads += len(step.loads)
         counters.host_evictions = pool.host.num_evictions
+
+    def _place_adapters(self, step: Step) -> None:
+        adapted = [row for row in step.rows if row.sequence.adapter]
+        slots, step.fills = self._adapters.place(row.sequence.adapter for row in adapted)
+        for row in adapted:
+            row.adapter = slots[row.sequence.adapter]
 
     def run_forks(self, children: Iterable[Sequence]) -> None:
         """Their tables are shared. Those beyond max_num_seqs wait, their prompt cached."""
@@ -143,9 +155,10 @@ class Lineup:
     def _fill_prompts(self, step: Step) -> None:
         """Chunks in order; one that waits and comes first in it goes before those that run."""
         may_admit = True
+        self._turns.begin(self.running)
         prompts = deque(sequence for sequence in self.running if sequence.num_due > 1)
         while step.num_tokens < self._budget:
-            head = self.waiting.peek() if may_admit else None
+            head = self._next() if may_admit else None
             if head is not None and not (prompts and prompts[0].order < head.order):
                 may_admit = self._admit(head, step)
                 if may_admit:
@@ -156,6 +169,11 @@ class Lineup:
             else:
                 break
 
+    def _next(self) -> Sequence | None:
+        if not self._adapters.num_slots:
+            return self.waiting.peek()
+        return self.waiting.peek(self._turns.next_turn())
+
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         if self.free_slots <= 0:
             return False
@@ -165,6 +183,7 @@ class Lineup:
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_order)
+        self._turns.joined(sequence)
         if sequence.request.first_scheduled is None:
             self._note_first_step(sequence, sum(tokens for _, _, tokens in step.loads[known:]))
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from model.host_cache import STAGED, HostCache
 from model.kv_cache import KVCache, bytes_per_block
 from model.kv_format import format_name
 from model.llama import Llama
+from model.lora import Adapter, AdapterError
 from model.regional import settle_regions
 from model.tokenizer import TokenizerError, load_tokenizer
 from service.engine.capacity import (
@@ -52,6 +53,8 @@ class Loaded:
     facts: dict[str, str]
     num_host_slots: int = 0  # pages kept in host memory
     runs_ahead: bool = False  # a step is launched before the one before it is collected
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # by name
+    adapter_slots: int = 0
 
 
 def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
@@ -65,8 +68,13 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
         attention=options.attention_backend,
         cache_dtype=options.kv_cache_dtype,
         progress=lambda done, total: progress(done / max(1, total)),
+        quantization=options.quantization,
     )
+    if "layers dense" in model.quantization:
+        logger.warning("not all linear layers are quantized: %s", model.quantization)
     compiled = settle_regions(model, options.compile)
+    if options.max_loras:
+        model.make_adapter_slots(options.max_loras, options.max_lora_rank)
     draft = load_draft(options, model) if options.speculative_model is not None else None
     limits = limits_wanted(options, model.config.max_positions, device.type == "cuda")
     block_bytes = bytes_per_block(model.config, limits.block_size, model.cache_dtype)
@@ -89,7 +97,8 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     if draft is not None:
         pages = KVCache(draft.config, blocks, limits.block_size, draft.cache_dtype, draft.device)
         drafter = Drafter(draft, pages, fitting)
-    runner = ModelRunner(model, cache, fitting, drafter, host)
+    runner = ModelRunner(model, cache, fitting, drafter, host, options.max_lora_rank)
+    adapters = read_adapters(options, runner)
     slots = 0 if host is None else host.num_slots
     facts = _facts(model, fitting, blocks) | _draft_facts(draft)
     facts["host_tokens"] = str(slots * limits.block_size)
@@ -97,7 +106,22 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     # On a processor host and device are the same cores: nothing would be gained.
     asked = options.async_scheduling
     runs_ahead = device.type == "cuda" if asked is None else asked
-    return Loaded(runner, fitting, blocks, facts, slots, runs_ahead)
+    return Loaded(runner, fitting, blocks, facts, slots, runs_ahead, adapters, options.max_loras)
+
+
+def read_adapters(options: EngineOptions, runner: ModelRunner) -> dict[str, Adapter]:
+    """Those named at the start. Raises ``ValueError`` for the first that cannot be served."""
+    found = {}
+    if len(options.adapters) > options.max_cpu_loras:
+        raise ValueError(f"{len(options.adapters)} adapters are more than {options.max_cpu_loras}")
+    for name, folder in options.adapters.items():
+        try:
+            found[name] = runner.read_adapter(folder)
+        except AdapterError as error:
+            if not options.skip_bad_adapters:
+                raise ValueError(f"adapter {name}: {error}") from error
+            logger.error("adapter %s is served no longer: %s", name, error)
+    return found
 
 
 def load_draft(options: EngineOptions, model: Llama) -> Llama:
@@ -159,6 +183,18 @@ def warm_up(loaded: Loaded) -> Iterator[tuple[int, float]]:
         began = time.monotonic()
         loaded.runner.run(step)
         yield step.num_tokens, time.monotonic() - began
+    if loaded.adapter_slots:
+        warm_up_adapters(loaded)
+
+
+def warm_up_adapters(loaded: Loaded) -> None:
+    """The kernels of adapters too: on a GPU they are compiled at their first launch."""
+    loaded.runner.fill_slot_for_warm_up(is_used=True)
+    for step in _warm_up_steps(loaded.limits, loaded.num_blocks):
+        for row in step.rows:
+            row.adapter = 0
+        loaded.runner.run(step)
+    loaded.runner.fill_slot_for_warm_up(is_used=False)
 
 
 def measure_costs(loaded: Loaded) -> tuple[StepCosts, StepCosts]:
@@ -277,6 +313,7 @@ def _facts(model: Llama, limits: Limits, num_blocks: int) -> dict[str, str]:
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": format_name(model.cache_dtype),
+        "quantization": model.quantization,
         "attention": model.path,
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from service.engine.adapter_desk import AdapterDesk
 from service.engine.connections import Connections, Event, Lost
 from service.engine.messages import (
     Accepted,
@@ -26,11 +27,12 @@ from service.engine.pulse import Pulse
 from service.engine.rates import StepRates
 from service.engine.scheduler import Deliveries, Scheduler
 from service.engine.step import Step, StepResult
-from service.errors import PronkError, Unavailable
+from service.errors import InvalidRequest, PronkError, Unavailable
 
 logger = logging.getLogger("pronk.engine")
 
 IDLE_WAIT = 1.0  # seconds: the heartbeat's
+READING_WAIT = 0.02  # while an adapter is read in another thread
 ASKED_TO_STOP, BEYOND_USE = 0, 4  # exit codes
 MAX_FAILURES = 3  # steps in a row that raise; then a fresh process is the better hope
 STEP_FAILED = "the engine failed on this request: send it again"
@@ -67,6 +69,7 @@ class EngineLoop(Generic[Launched]):
         runner: Runner[Launched],
         rates: StepRates,
         facts: dict[str, str],
+        adapters: AdapterDesk[Any] | None = None,
         *,
         runs_ahead: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class EngineLoop(Generic[Launched]):
         self._facts = facts
         self._runs_ahead = runs_ahead
         self._flight: Flight[Launched] | None = None
+        self._adapters = adapters
         self._early: list[Event] = []  # heard while a step was on the device
         self.num_steps = 0
         self._step_seconds = 0.0
@@ -94,6 +98,7 @@ class EngineLoop(Generic[Launched]):
         self._publish(urgent=True)
         while self._exit_code is None:
             self._take_commands()
+            self._tend_adapters()
             self._send(self._scheduler.expire())
             self._advance()
             self._publish()
@@ -107,7 +112,9 @@ class EngineLoop(Generic[Launched]):
         is_busy = bool(early) or self._flight is not None or self._scheduler.has_work
         if not is_busy:
             self._busy_since = None
-        for front_end, message in [*early, *self._connections.poll(0 if is_busy else IDLE_WAIT)]:
+        is_reading = self._adapters is not None and self._adapters.is_reading
+        wait = 0.0 if is_busy else READING_WAIT if is_reading else IDLE_WAIT
+        for front_end, message in [*early, *self._connections.poll(wait)]:
             match message:
                 case Submit():
                     self._submit(front_end, message)
@@ -135,7 +142,36 @@ class EngineLoop(Generic[Launched]):
                 self._is_draining = True
             case "shutdown":
                 self._exit_code = ASKED_TO_STOP
+            case "load_adapter" | "unload_adapter":
+                return self._adapter_control(front_end, control)
         self._connections.send(front_end, Reply(control.id))
+        return None
+
+    def _adapter_control(self, front_end: int, control: Control) -> None:
+        """Loading is answered once the files are read (``_tend_adapters``)."""
+        try:
+            if self._adapters is None:
+                raise InvalidRequest("This server was started without adapters.")
+            if control.verb == "load_adapter":
+                return self._adapters.load(front_end, control)
+            reply = self._adapters.unload(control)
+        except PronkError as error:
+            self._connections.send(front_end, as_refused(control.id, error))
+        else:
+            self._publish(urgent=True)
+            self._connections.send(front_end, reply)
+        return None
+
+    def _tend_adapters(self) -> None:
+        if self._adapters is None:
+            return
+        for front_end, control, answer in self._adapters.finished():
+            if isinstance(answer, PronkError):
+                self._connections.send(front_end, as_refused(control.id, answer))
+            else:
+                self._publish(urgent=True)  # before the reply: who hears it may use the adapter
+                self._connections.send(front_end, answer)
+        self._adapters.clear_away()
 
     # ---- steps
 
@@ -219,6 +255,8 @@ class EngineLoop(Generic[Launched]):
     def _publish(self, *, urgent: bool = False) -> None:
         """At once when something came or went, else when a second has passed."""
         gauges, told = self._scheduler.gauges(), self._pulse.state
+        table = self._scheduler.adapters
+        running, waiting = self._scheduler.adapters_in_use() if table.num_slots else ([], [])
         state = State(
             stage="draining" if self._is_draining else "ready",
             progress=1.0,
@@ -235,6 +273,10 @@ class EngineLoop(Generic[Launched]):
             counters=self._scheduler.counters.as_dict() | self.counters(),
             facts=self._facts,
             step_estimate=told.step_estimate,
+            adapters=dict(table.versions),
+            running_adapters=running,
+            waiting_adapters=waiting,
+            max_loras=table.num_slots,
         )
         changed = (state.stage, state.running, state.waiting) != (
             told.stage,

@@ -53,6 +53,8 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     max_queue: float | None = None  # seconds it may wait for its first step
     prompt_logprobs: int | None = None  # 0..20
     request_id: str = ""  # for logs only
+    adapter: str = ""  # its name, and which loading of it: from State.adapters
+    adapter_version: int = 0  # 0: the model itself
 
 
 class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
@@ -63,10 +65,15 @@ class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
 
 
 class Control(Struct, frozen=True, tag="control", omit_defaults=True):
-    """``verb``: "drain" (refuse new work), "shutdown", "ping"."""
+    """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter".
+
+    Answered by a Reply, or Refused. An adapter is told by its name, a folder to load by its path.
+    """
 
     id: int
     verb: str
+    adapter: str = ""
+    path: str = ""
 
 
 # ---- engine process -> HTTP process ------------------------------------------------------------
@@ -77,7 +84,7 @@ class Accepted(Struct, frozen=True, tag="accepted"):
 
 
 class Refused(Struct, frozen=True, tag="refused", omit_defaults=True):
-    """Sent instead of ``Accepted``. ``kind`` names a class of ``service.errors``."""
+    """Sent instead of ``Accepted`` or ``Reply``. ``kind`` names a class of ``service.errors``."""
 
     id: int
     kind: str
@@ -148,6 +155,10 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
     facts: dict[str, str] = {}  # device, dtype, attention backend, torch version...: the banner
     step_elapsed: float = 0.0  # seconds the step now running has taken, 0 between steps
     step_estimate: float = 0.0  # seconds it should take, from the rate of the steps before it
+    adapters: dict[str, int] = {}  # name: version of what is loaded
+    running_adapters: list[str] = []  # names
+    waiting_adapters: list[str] = []
+    max_loras: int = 0  # different adapters in one step
 
 
 ToEngine = Submit | Cancel | Control

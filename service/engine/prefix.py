@@ -14,8 +14,13 @@ import struct
 GRAIN = 32  # tokens
 
 
-def chain_root(namespace: bytes) -> bytes:
-    return hashlib.sha256(b"pronk prefix namespace:" + namespace).digest()
+def chain_root(namespace: bytes, adapter: str = "", version: int = 0) -> bytes:
+    """What an adapter computes is shared with nothing but the same version of it."""
+    root = hashlib.sha256(b"pronk prefix namespace:" + namespace).digest()
+    if not version:
+        return root
+    own = b"pronk prefix adapter:" + struct.pack("<Q", version) + adapter.encode()
+    return hashlib.sha256(root + own).digest()
 
 
 class PrefixChain:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from model.host_cache import HostCache
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.logprobs import RawLogprob
+from model.lora import Adapter, LowRank, read_adapter
 from model.penalties import PenaltyState
 from model.sampler import Draw as RawDraw
 from model.sampler import DrawError, Drawn, Sampler, SamplingRow
@@ -66,6 +69,7 @@ class ModelRunner:
         limits: Limits,
         drafter: Drafter | None = None,
         host: HostCache | None = None,
+        max_lora_rank: int = 0,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -82,6 +86,8 @@ class ModelRunner:
         self._limits = limits
         self._graphs: DecodeGraphs | None = None
         self._penalties: dict[tuple[int, int], tuple[Sequence, PenaltyState]] = {}
+        self._adapters: dict[int, Adapter] = {}  # by version, in the host's memory
+        self._max_rank = max_lora_rank
 
     @property
     def num_penalty_states(self) -> int:
@@ -101,6 +107,29 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.capture_graphs()
 
+    def read_adapter(self, folder: str) -> Adapter:
+        """Any thread may. Raises ValueError with a line that a client may be told."""
+        adapter = read_adapter(Path(folder), self._shapes(), self._max_rank, self.model.dtype)
+        return adapter.pinned() if self.model.device.type == "cuda" else adapter
+
+    def fill_slot_for_warm_up(self, *, is_used: bool) -> None:
+        """Slot 0 with an adapter that adds nothing, so that kernels run; or empty again."""
+        weights = {}
+        if is_used:
+            for name, (outputs, inputs) in self._shapes().items():
+                make = partial(torch.zeros, dtype=self.model.dtype)
+                weights[name] = LowRank(make(1, inputs), make(1, outputs))
+        self.model.fill_adapter_slot(0, Adapter(weights))
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: one.shape for name, one in self.model.projections().items()}
+
+    def keep_adapter(self, version: int, adapter: Adapter) -> None:
+        self._adapters[version] = adapter
+
+    def drop_adapter(self, version: int) -> None:
+        del self._adapters[version]
+
     def run(self, step: Step) -> StepResult:
         return self.collect(self.launch(step))
 
@@ -112,6 +141,8 @@ class ModelRunner:
     def launch(self, step: Step, before: Launched | None = None) -> Launched:
         """Queue the step on the device; ``before`` is the one whose draws feed it."""
         self._move_pages(step)
+        for slot, version in step.fills:
+            self.model.fill_adapter_slot(slot, self._adapters[version])
         passes = self.drafter.propose(step, self._sampling_row) if self.drafter is not None else []
         batch = self._build(step, before)
         has_chunks = any(row.count > 1 or not row.choices for row in step.rows)
@@ -281,12 +312,12 @@ class ModelRunner:
 
 def _batch_rows(row: Row) -> list[BatchRow]:
     """Proposed tokens are rows of their own beside the sequence's token: plain decoding."""
-    table = row.sequence.block_table
+    table, slot = row.sequence.block_table, row.adapter
     # The logits of prompt tokens are computed in slices.
-    own = BatchRow(row.tokens, row.start, table, num_logits=1 if row.choices else 0)
+    own = BatchRow(row.tokens, row.start, table, 1 if row.choices else 0, slot)
     return [
         own,
-        *(BatchRow([token], row.end + i, table, 1) for i, token in enumerate(row.proposed)),
+        *(BatchRow([token], row.end + i, table, 1, slot) for i, token in enumerate(row.proposed)),
     ]
 
 

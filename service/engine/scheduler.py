@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Collection
 
+from service.engine.adapters import AdapterTable
 from service.engine.admission import QueueBounds, RequestLimits
 from service.engine.ahead import feed, may_run_ahead
 from service.engine.blocks import BlockPool
@@ -64,6 +65,7 @@ class Scheduler:
         queue: WaitingQueue | None = None,
         speculation: SpeculationLimits = NO_SPECULATION,
         costs: tuple[StepCosts, StepCosts] | None = None,
+        adapters: AdapterTable | None = None,
     ) -> None:
         """``costs`` of steps and of the draft model's passes, where they were measured."""
         assert max_num_seqs >= 1, "nobody could run"
@@ -75,6 +77,7 @@ class Scheduler:
         self._clock = clock
         self._paging = Paging(pool)
         self._waiting = FirstComeQueue() if queue is None else queue
+        self.adapters = AdapterTable() if adapters is None else adapters
         self._speculator = Speculator(speculation, self.counters, *(costs or ()))
         self._lineup = Lineup(
             self._paging,
@@ -85,6 +88,7 @@ class Scheduler:
             clock,
             self._speculator,
             max_model_len,
+            self.adapters,
         )
         self._limits = RequestLimits(max_model_len, pool.num_usable, pool.block_size)
         self._bounds = QueueBounds(max_queued_requests, max_queued_tokens)
@@ -104,6 +108,12 @@ class Scheduler:
         waiting = self._waiting
         return Gauges(len(self._lineup.running), len(waiting), waiting.tokens, self.pool.num_free)
 
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of those that run, and of those waited for."""
+        running = {sequence.adapter for sequence in self._lineup.running if sequence.adapter}
+        name = self.adapters.name
+        return sorted(map(name, running)), sorted(map(name, self._waiting.adapters()))
+
     # ---- requests come and go ------------------------------------------------------------------
 
     def add(self, submit: Submit, client: Hashable = 0) -> None:
@@ -117,12 +127,14 @@ class Scheduler:
         sequence = Sequence.start(request, self.pool.grain)
         request.sequences = {choice.index: sequence for choice in sequence.choices}
         self._requests[request.key] = request
+        self.adapters.hold(submit.adapter_version)
         self._waiting.add(sequence)
         self._expiries.add(request)
 
     def _check(self, submit: Submit, client: Hashable) -> None:
         if (client, submit.id) in self._requests:
             raise InvalidRequest(f"Request {submit.id} is still being answered.")
+        self.adapters.check(submit)
         self._limits.check(submit)
         free_slots = max(self._lineup.free_slots, 0)
         self._bounds.check(submit, self._waiting, free_slots, self.rate.seconds_for)
@@ -202,6 +214,7 @@ class Scheduler:
         out: Deliveries = {}
         if not result.has_run:
             self.pool.host.forget_slots(slot for _, slot, _ in step.stores)
+            self.adapters.forget_fills(step.fills)
         for row, came in zip(step.rows, result.rows, strict=True):
             row.arrive()
             self._update_row(row, came, now, out)
@@ -326,3 +339,4 @@ class Scheduler:
                 self._waiting.recount(sequence, 1)
         if not request.sequences:
             del self._requests[request.key]
+            self.adapters.release(request.submit.adapter_version)

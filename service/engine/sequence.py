@@ -75,7 +75,7 @@ class Request:
         self.client = client
         self.number = number  # order of arrival
         self.arrival = arrival  # the scheduler's clock, seconds
-        self.root = chain_root(submit.namespace)
+        self.root = chain_root(submit.namespace, submit.adapter, submit.adapter_version)
         self.first_scheduled: float | None = None
         self.cached_tokens: int | None = None  # prompt tokens found cached at its first step
         self.is_prompt_done = False
@@ -176,6 +176,11 @@ class Sequence:
     @property
     def id(self) -> int:
         return self.request.submit.id
+
+    @property
+    def adapter(self) -> int:
+        """Its version; 0 is none."""
+        return self.request.submit.adapter_version
 
     @property
     def choice(self) -> int:

@@ -24,6 +24,7 @@ class Row:
     ``num_logits`` counts the last tokens of the row whose logits are wanted. The first
     ``num_targets`` of those predict prompt tokens whose logprob is asked for (``targets``); the
     last one is sampled once for each of ``choices``, with ``choice.settings``, at position ``end``.
+    ``adapter`` is the slot its adapter lies in, if it has one.
 
     A row launched ahead of the step before it computes the token that row ``token_from`` of that
     step draws: nobody but the device knows it yet.
@@ -39,6 +40,7 @@ class Row:
     num_logits: int = 0
     num_targets: int = 0
     choices: tuple[Choice, ...] = ()
+    adapter: int | None = None
     num_ahead: int = 0
     proposed: list[int] = field(default_factory=list)
     gives_up: bool = False  # said by the runner: proposals do this sequence no good
@@ -93,7 +95,8 @@ class Row:
 
 @dataclass(slots=True)
 class Step:
-    """Rows of one token come first.
+    """Rows of one token come first; among them, and after them, those without an adapter, then
+    slot by slot. ``fills`` (slot, version) are adapters to be put there before the forward.
 
     ``copies`` (source block, target block, first tokens) are done before the forward. Targets are
     distinct and every source holds what is wanted before the step, so in list order or all sources
@@ -105,13 +108,14 @@ class Step:
     number: int
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
+    fills: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
     stores: list[tuple[int, int, int]] = field(default_factory=list)
     loads: list[tuple[int, int, int]] = field(default_factory=list)
     began: float = 0.0  # the scheduler's clock
 
-    def put_single_tokens_first(self) -> None:
-        self.rows.sort(key=_is_chunk)  # stable: otherwise the order of the line
+    def put_in_order(self) -> None:
+        self.rows.sort(key=_place)  # stable: otherwise the order of the line
 
 
 @dataclass(slots=True)
@@ -179,5 +183,5 @@ def _want_prompt_logprobs(row: Row) -> None:
         row.num_targets = min(row.end, row.sequence.num_prompt - 1) - first
 
 
-def _is_chunk(row: Row) -> bool:
-    return row.count > 1
+def _place(row: Row) -> tuple[bool, int]:
+    return row.count > 1, -1 if row.adapter is None else row.adapter

@@ -80,6 +80,10 @@ class Supervisor:
         assert self._task is None, "the engine is started already"
         self._options = replace(self._options, model=path, speculative_model=draft)
 
+    def set_adapters(self, adapters: dict[str, str]) -> None:
+        """What an engine started from now on loads: name to folder."""
+        self._options = replace(self._options, adapters=adapters)
+
     def start(self) -> None:
         assert self._task is None, "started twice"
         self._owner.announced(State(stage="starting"))
@@ -141,7 +145,12 @@ class Supervisor:
     async def _run_engine(self) -> str:
         """One engine from its start to its end; returns why it ended."""
         path = self._options.socket or make_socket_path()
-        options = replace(self._options, socket=path, parent=os.getpid())
+        options = replace(
+            self._options,
+            socket=path,
+            parent=os.getpid(),
+            skip_bad_adapters=self._has_served,
+        )
         reason, self._failure = "the engine stopped", None
         try:
             self.watchdog.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol
 
@@ -22,13 +23,19 @@ class WaitingQueue(Protocol):
     def push_front(self, sequence: Sequence) -> None:
         """Takes back one that has run before: to the front of its class."""
 
-    def peek(self) -> Sequence | None:
-        """Who is next; ``remove`` takes it out once it can run."""
+    def peek(self, may_run: Callable[[Sequence], bool] | None = None) -> Sequence | None:
+        """Who is next of those that may run; ``remove`` takes it out once it can.
+
+        ``may_run`` is asked in the order of the queue, until it agrees.
+        """
 
     def remove(self, sequence: Sequence) -> None: ...
 
     def recount(self, sequence: Sequence, num_dropped: int) -> None:
         """A queued sequence has lost that many of its choices."""
+
+    def adapters(self) -> set[int]:
+        """Versions asked for."""
 
     def __len__(self) -> int: ...
 
@@ -52,8 +59,13 @@ class FirstComeQueue:
 
     push_front = add
 
-    def peek(self) -> Sequence | None:
+    def peek(self, may_run: Callable[[Sequence], bool] | None = None) -> Sequence | None:
+        if may_run is not None:
+            return next(filter(may_run, self._sequences), None)
         return self._sequences[0] if self._sequences else None
+
+    def adapters(self) -> set[int]:
+        return {sequence.adapter for sequence in self._sequences if sequence.adapter}
 
     def remove(self, sequence: Sequence) -> None:
         i = bisect_left(self._sequences, sequence.order, key=_order)

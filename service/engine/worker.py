@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from service.engine.adapter_desk import AdapterDesk
+from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
 from service.engine.compile_cache import use_compile_cache
@@ -97,6 +99,8 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
     scheduler = make_scheduler(
         options, loaded.limits, loaded.num_blocks, costs, loaded.num_host_slots
     )
+    desk = AdapterDesk(scheduler.adapters, loaded.runner)
+    desk.open(loaded.adapters)
     loop = EngineLoop(
         connections,
         pulse,
@@ -104,9 +108,13 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
         loaded.runner,
         rates,
         loaded.facts,
+        desk,
         runs_ahead=loaded.runs_ahead,
     )
-    return loop.run()
+    try:
+        return loop.run()
+    finally:
+        desk.close()
 
 
 def make_scheduler(
@@ -137,6 +145,7 @@ def make_scheduler(
             longest=options.speculative_ngram_max,
         ),
         costs=costs,
+        adapters=AdapterTable(options.max_loras, options.max_cpu_loras),
     )
 
 

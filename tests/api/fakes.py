@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from model.tokenizer import Segment, Tokenizer
 from model.tokenizer.config import TokenizerConfig
 from model.tokenizer.special import AddedToken
@@ -91,6 +93,8 @@ class FakeEngine:
     stopped: list[tuple[int, int]] = field(default_factory=list)
     num_restarts: int = 0
     num_discarded: int = 0
+    loaded: dict[str, str] = field(default_factory=dict)  # adapters: name to folder
+    num_loads: int = 0
     live: int = 0  # generations somebody holds
     generations: list[FakeGeneration] = field(default_factory=list)
 
@@ -100,6 +104,18 @@ class FakeEngine:
 
     def retry_after(self) -> float:
         return 1.5
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.loaded[name] = folder
+        self.num_loads += 1
+        self.state = replace(self.state, adapters=self.state.adapters | {name: self.num_loads})
+
+    async def unload_adapter(self, name: str) -> None:
+        del self.loaded[name]
+        left = {known: v for known, v in self.state.adapters.items() if known != name}
+        self.state = replace(self.state, adapters=left)
 
     @asynccontextmanager
     async def submit(

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.decode_step --shape 135m --rows 1 8 32 --context 256
 
 Prints milliseconds a decode step and tokens a second for each number of rows, prompt tokens a
-second, the memory's read bandwidth measured in the same run, and the share of its bound that
-decoding one row reaches. ``--profile`` lists the operations of the last decode instead.
+second, and beside each the memory's read bandwidth or the rate of a bf16 product, measured in turn
+with it, and the share of that bound (CPU only). ``--profile`` lists the operations of the last
+decode instead.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from model.batch import Batch, BatchBuilder, BatchRow
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.kv_format import KV_CACHE_DTYPES, cache_format
+from model.layers import pack_for_onednn
 from model.llama import Llama
 from model.random_checkpoint import SHAPES
-from service.bench.rates import read_bandwidth
+from model.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUNDLED = ROOT / "model" / "bundled" / "weights" / "config.json"
@@ -39,6 +45,7 @@ def random_model(config: ModelConfig, options: argparse.Namespace) -> Llama:
     dtype = getattr(torch, options.dtype)
     pages = cache_format(options.kv_cache_dtype, dtype)
     model = Llama(config, dtype, options.device, options.attention, cache_dtype=pages)
+    model.quantize(options.quantization)
     generator = torch.Generator().manual_seed(0)
     for slot in model.slots().values():
         slot.fill(torch.empty(slot.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator))
@@ -96,6 +103,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--kv-cache-dtype", choices=["auto", *KV_CACHE_DTYPES], default="auto")
+    parser.add_argument("--quantization", choices=SCHEMES, default="none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--threads", type=int, default=None)
@@ -116,22 +124,66 @@ def main() -> None:
 def report(bench: Bench, options: argparse.Namespace) -> None:
     model = bench.model
     print(f"{options.shape}, {options.dtype}, {model.num_parameters / 1e6:.0f} M parameters")
-    print(f"{torch.get_num_threads()} threads, {model.path}")
-    print(f"{'rows':>5} {'context':>8} {'ms a step':>10} {'tokens/s':>9}")
-    alone = None
+    print(f"{torch.get_num_threads()} threads, {model.path}; quantized: {model.quantization}")
+    print(f"{'rows':>5} {'context':>8} {'ms a step':>10} {'tokens/s':>9}   beside it, in turn")
     for rows in options.rows:
-        seconds = bench.seconds(bench.decodes(rows), options.repeats)
-        alone = seconds if rows == 1 else alone
-        print(f"{rows:5} {options.context:8} {seconds * 1e3:10.1f} {rows / seconds:9.1f}")
+        seconds, bandwidth = beside_reads(bench, bench.decodes(rows), options.repeats)
+        share = model.read_bytes / bandwidth / seconds
+        print(
+            f"{rows:5} {options.context:8} {seconds * 1e3:10.1f} {rows / seconds:9.1f}"
+            f"   {bandwidth / 1e9:.1f} GB/s read: {share:.0%} of what reading the weights allows"
+        )
     for history in (0, CHUNK, 3 * CHUNK):
-        seconds = bench.seconds(bench.chunk(history), max(2, options.repeats // 5))
-        print(f"prompt tokens after {history:5}: {CHUNK / seconds:9.0f} a second")
-    if options.device == "cpu":
-        bandwidth = read_bandwidth()
-        print(f"memory read: {bandwidth / 1e9:.1f} GB/s")
-        if alone is not None:
-            bound = model.weight_bytes / bandwidth
-            print(f"one row reaches {bound / alone:.0%} of that bound ({bound * 1e3:.1f} ms)")
+        seconds, rate = beside_products(bench, bench.chunk(history), max(2, options.repeats // 5))
+        share = operations(model.config, history) / rate / seconds
+        print(
+            f"{CHUNK} prompt tokens after {history:5}: {CHUNK / seconds:9.0f} a second"
+            f"   {rate / 1e9:.0f} GFLOP/s in bf16 products: {share:.0%} of that"
+        )
+
+
+def beside_reads(bench: Bench, batch: Batch, repeats: int) -> tuple[float, float]:
+    """Medians of a step's seconds and of bytes read a second, measured in turn.
+
+    On a shared machine the one moves with the other, within a second.
+    """
+    data = torch.rand(1 << 27)
+    steps, reads = _in_turn(bench, batch, data.sum, repeats)
+    return steps, data.numel() * data.element_size() / reads
+
+
+def beside_products(bench: Bench, batch: Batch, repeats: int) -> tuple[float, float]:
+    """Likewise with operations a second of a product as large as a prompt's."""
+    left = torch.randn(CHUNK, 2048, dtype=bench.model.dtype)
+    right = torch.randn(8192, 2048, dtype=bench.model.dtype)
+    packed = pack_for_onednn(right)  # the fastest there is on a processor
+    multiply = (
+        partial(F.linear, left, right) if packed is None else partial(packed.multiply, left, None)
+    )
+    steps, products = _in_turn(bench, batch, multiply, repeats)
+    return steps, 2.0 * left.numel() * len(right) / products
+
+
+def _in_turn(
+    bench: Bench, batch: Batch, probe: Callable[[], object], repeats: int
+) -> tuple[float, float]:
+    """Median seconds of the step and of ``probe``, after one of each that does not count."""
+    steps, probes = [], []
+    for _ in range(repeats + 1):
+        steps.append(bench.seconds(batch, 1))
+        start = time.perf_counter()
+        probe()
+        probes.append(time.perf_counter() - start)
+    return median(steps[1:]), median(probes[1:])
+
+
+def operations(config: ModelConfig, history: int) -> float:
+    """Of a chunk: products with the layers' weights, and attention; the head sees one token."""
+    queries, keys = (config.head_size * n for n in (config.num_heads, config.num_kv_heads))
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    seen = CHUNK * history + CHUNK * (CHUNK + 1) / 2
+    layer = 2.0 * CHUNK * weights + 4.0 * queries * seen
+    return config.num_layers * layer + 2.0 * config.hidden_size * config.vocab_size
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ VOCABULARY = 50
 END = 3
 
 
-def digests(namespace: bytes, tokens: list[int]) -> list[int]:
+def digests(submit: Submit, tokens: list[int]) -> list[int]:
     """One for every position: what its keys and values depend on."""
-    found, last = [], hash(namespace)
+    found, last = [], hash((submit.namespace, submit.adapter, submit.adapter_version))
     for token in tokens:
         last = hash((last, token))
         found.append(last)
@@ -41,7 +41,7 @@ def expected_text(submit: Submit, choice: int, max_model_len: int) -> list[int]:
     """What one choice must say, however it was scheduled."""
     settings, tokens, output = submit.settings[choice], list(submit.prompt), []
     while len(output) < settings.max_tokens and len(tokens) < max_model_len:
-        digest = digests(submit.namespace, tokens)[-1]
+        digest = digests(submit, tokens)[-1]
         token = draw_token(settings, digest, len(output), len(tokens))
         tokens.append(token)
         output.append(token)
@@ -51,7 +51,7 @@ def expected_text(submit: Submit, choice: int, max_model_len: int) -> list[int]:
 
 
 def expected_prompt_logprobs(submit: Submit) -> list[TokenLogprob | None]:
-    known = digests(submit.namespace, submit.prompt)
+    known = digests(submit, submit.prompt)
     logprobs = (_logprob(known[i], submit.prompt[i + 1]) for i in range(len(known) - 1))
     return [None, *logprobs]
 
@@ -101,7 +101,7 @@ class RecordingRunner:
         sequence, settings = row.sequence, row.choices[0].settings
         tokens = sequence.tokens.copy()
         for _ in range(row.num_ahead - (len(tokens) % 7 == 0)):
-            last = digests(sequence.request.submit.namespace, tokens)[-1]
+            last = digests(sequence.request.submit, tokens)[-1]
             num_output = len(tokens) - sequence.num_prompt
             token = draw_token(settings, last, num_output, len(tokens))
             tokens.append((token + (last % 5 == 0)) % VOCABULARY)
@@ -195,8 +195,7 @@ class RecordingRunner:
     def _known(self, row: Row) -> list[int]:
         """Of its sequence's tokens, of those proposed, and of the one only the device knows."""
         if row.proposed:
-            namespace = row.sequence.request.submit.namespace
-            return digests(namespace, row.sequence.tokens + row.proposed)
+            return digests(row.sequence.request.submit, row.sequence.tokens + row.proposed)
         known = self._of_tokens(row.sequence)
         if row.token_from is None:
             return known
@@ -209,6 +208,6 @@ class RecordingRunner:
         """Remembered from step to step: tokens are only ever added."""
         known = self._digests.get(sequence, [])
         if len(known) != len(sequence.tokens):
-            known = digests(sequence.request.submit.namespace, sequence.tokens)
+            known = digests(sequence.request.submit, sequence.tokens)
             self._digests[sequence] = known
         return known

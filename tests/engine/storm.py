@@ -9,6 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.messages import Output, Submit
 from service.engine.scheduler import NO_SPECULATION, Deliveries, Scheduler
@@ -95,6 +96,7 @@ class Storm:
         speculation: SpeculationLimits = NO_SPECULATION,
         ahead: bool = False,
         is_late: Callable[[], bool] = lambda: False,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.now = 0.0
         self.pool = pool
@@ -110,6 +112,7 @@ class Storm:
             max_queued_tokens=max_queued_tokens,
             clock=lambda: self.now,
             speculation=speculation,
+            adapters=adapters,
         )
         self.runner = RecordingRunner(self.pool, is_late)
         self.answers: dict[tuple[int, int], Answer] = {}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from model.sampler import SamplingRow
 from service.engine import lookup as lookup_module
 from service.engine.blocks import BlockPool
 from service.engine.costs import StepCosts
@@ -20,7 +21,7 @@ from service.engine.messages import Output, SamplingSettings, Submit, TokenLogpr
 from service.engine.options import EngineOptions
 from service.engine.scheduler import Scheduler
 from service.engine.speculation import SpeculationLimits
-from service.engine.step import Draw, agreed
+from service.engine.step import Draw, Step, agreed
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 from tests.engine.recording_runner import RecordingRunner, expected_text
 
@@ -98,7 +99,7 @@ def test_a_size_that_was_expensive_once_is_tried_again() -> None:
         bench.run([Submit(i, [7, 8, 9], [replace(own, seed=i)])])
         if i == 0:
             assert bench.scheduler.counters.spec_draft_tokens == 0
-    assert bench.scheduler.counters.spec_accepted_tokens > 200
+    assert bench.scheduler.counters.spec_drafts > 10
 
 
 @dataclass
@@ -414,6 +415,16 @@ def test_a_draft_model_catches_up_with_cached_prompts_and_forks(folder: Path) ->
         proposed, accepted = run("draft", prompt, choices)
         assert proposed == accepted > 12 * choices
     assert scheduler.counters.prefix_hits > 400
+
+
+def test_a_draft_model_knows_what_becomes_of_pages(folder: Path) -> None:
+    """A copy brings what its source had, a page from the host nothing."""
+    drafter = loaded(folder, folder).runner.drafter
+    assert drafter is not None
+    drafter._computed[1:5] = [BLOCK, BLOCK, BLOCK, 7]
+    step = Step(0, copies=[(1, 2, 20), (4, 5, 20)], loads=[(0, 3, BLOCK)])
+    assert drafter.propose(step, lambda *_: SamplingRow(0)) == []
+    assert drafter._computed[1:6] == [BLOCK, 20, 0, 7, 7]
 
 
 def test_a_proposed_token_that_makes_no_number_harms_nobody(folder: Path) -> None:

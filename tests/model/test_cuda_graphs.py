@@ -53,3 +53,19 @@ def test_without_a_capture_every_batch_runs_eagerly() -> None:
     graphs = DecodeGraphs(model, cache, 4, 2)
     assert not graphs.can_capture(model)
     assert torch.equal(graphs.forward(batch), model.forward(batch, cache))
+
+
+def test_rows_with_adapters_are_not_replayed_without_them() -> None:
+    class Trap:
+        def replay(self) -> None:
+            raise AssertionError("a graph knows no adapter")
+
+    model = random_llama("cpu", "reference")
+    model.make_adapter_slots(1, 4)
+    cache = KVCache(model.config, 4, 16, torch.float32, "cpu")
+    graphs = DecodeGraphs(model, cache, 4, 2)
+    graphs._graphs = dict.fromkeys(graphs.buckets, Trap())  # type: ignore[arg-type]
+    builder = BatchBuilder(8, 2, 2, 16)
+    graphs.forward(builder.build([BatchRow([5], 0, [1], 1, adapter=0)]))
+    with pytest.raises(AssertionError, match="knows no adapter"):
+        graphs.forward(builder.build([BatchRow([5], 0, [1], 1)]))

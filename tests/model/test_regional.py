@@ -37,16 +37,16 @@ def num_graphs() -> int:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_layers_write_the_same_and_nothing_is_compiled_while_they_do(
-    variant: str, monkeypatch: pytest.MonkeyPatch
+    variant: str,
 ) -> None:
     model = random_llama("cpu", **VARIANTS[variant])
     expected = Writer(model, 256).write(PROMPTS, 12)
     compile_regions(model, "aot_eager")
     assert num_graphs() == 4, "two regions, each for one token and for many; all layers share them"
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    assert Writer(model, 256).write(PROMPTS, 12) == expected
-    for length in (2, 3, 31, 512, 1000):  # a decode of so many rows, a chunk of so many tokens
-        assert step(model, length).isfinite().all()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert Writer(model, 256).write(PROMPTS, 12) == expected
+        for length in (2, 3, 31, 512, 1000):  # a decode of so many rows, a chunk of so many tokens
+            assert step(model, length).isfinite().all()
     assert num_graphs() == 4
 
 

@@ -110,6 +110,22 @@ def test_quantized_gguf_equals_its_unpacked_weights(kind: Kind, tmp_path: Path):
     assert load_config(tmp_path / "model.gguf").dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(Kind.Q8_0, "int8 weights, groups of 32"), (Kind.Q4_0, "int4 weights, groups of 32")],
+    ids=["Q8_0", "Q4_0"],
+)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3"])
+def test_gguf_of_plain_blocks_keeps_its_integers(
+    family: str, kind: Kind, words: str, tmp_path: Path
+):
+    reference = write_gguf(FAMILIES[family](), tmp_path / "model.gguf", kind)
+    model = loaded(tmp_path / "model.gguf")
+    assert model.quantization == words
+    assert difference(model, reference, PROMPT) < TOLERANCE
+    assert model.num_parameters == reference.num_parameters()
+
+
 def test_gguf_in_parts_equals_the_whole(tmp_path: Path):
     whole, parts = tmp_path / "model.gguf", tmp_path / "parts"
     reference = write_gguf(llama(), whole)

@@ -32,16 +32,16 @@ def resident(field):
 
 torch.set_num_threads(1)
 before = resident("VmRSS")
-network = load_model(sys.argv[1], dtype=sys.argv[2])
+network = load_model(sys.argv[1], dtype=sys.argv[2], quantization=sys.argv[3])
 print(network.weight_bytes, resident("VmHWM") - before)
 """
 ALLOWED = 64 << 20  # code first used while loading, and a few of the largest tensors
 
 
-def peak(path: Path, dtype: str = "float32") -> tuple[int, int]:
+def peak(path: Path, dtype: str = "float32", quantization: str = "auto") -> tuple[int, int]:
     """Bytes of the weights, and by how much the process grew at most while loading them."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(path), dtype],
+        [sys.executable, "-c", LOADING, str(path), dtype, quantization],
         check=True,
         capture_output=True,
         text=True,
@@ -62,6 +62,15 @@ def test_loading_peaks_near_the_size_of_the_weights(layout: str, tmp_path: Path)
     else:
         kind = gguf.GGMLQuantizationType.Q8_0 if layout == "gguf-quantized" else None
         write_gguf(network, tmp_path / "m.gguf", kind or gguf.GGMLQuantizationType.F32)
-    weights, grown = peak(tmp_path)
+    weights, grown = peak(tmp_path, quantization="none")
     assert weights > 1.5 * ALLOWED, "too small to tell anything"
     assert grown < weights + ALLOWED, (inspect(tmp_path).num_bytes, weights, grown)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantizing_while_loading_never_holds_the_dense_network(quantization: str, tmp_path: Path):
+    write_huggingface(llama(**SHAPE), tmp_path)
+    weights, grown = peak(tmp_path, quantization=quantization)
+    assert weights + ALLOWED < 0.9 * inspect(tmp_path).num_bytes, "too small to tell anything"
+    assert grown < weights + ALLOWED, (weights, grown)
