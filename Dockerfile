@@ -39,6 +39,7 @@ ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/tmp/huggingface \
+    PRONK_COMPILE_CACHE=/opt/pronk/compiled \
     PRONK_HOST=0.0.0.0 \
     PRONK_PORT=8000 \
     PRONK_LOG_FORMAT=json

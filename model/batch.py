@@ -14,6 +14,9 @@ from torch import Tensor
 
 from model.adapters import AdapterRows, Run, runs_of, token_slots
 
+KNOWN = -1  # the row's tokens are on the host
+
+
 Array: TypeAlias = npt.NDArray[Any]  # of integers
 
 
@@ -22,6 +25,8 @@ class BatchRow:
     """Tokens of one sequence from position ``start`` on; the keys before it are in the cache.
 
     ``num_logits`` last tokens want logits: 0 for a prompt chunk that samples nothing, 1 to sample.
+    ``drawn_at`` is the place of its one token among those drawn last, where only the device knows
+    it; ``tokens`` holds any valid id then.
     ``adapter`` is the slot of the adapter they go through; rows of one slot stand side by side.
     """
 
@@ -30,6 +35,7 @@ class BatchRow:
     block_table: list[int]
     num_logits: int = 0
     adapter: int | None = None
+    drawn_at: int = KNOWN
 
 
 @dataclass(slots=True)
@@ -86,8 +92,8 @@ class BatchBuilder:
             self._staging.append(_Buffers(self, torch.device("cpu")))
             self._buffers = _Buffers(self, self.device)
 
-    def build(self, rows: list[BatchRow]) -> Batch:
-        """Rows of one token first, longer ones after them."""
+    def build(self, rows: list[BatchRow], drawn: Tensor | None = None) -> Batch:
+        """Rows of one token first, longer ones after them; ``drawn`` [n] is what feeds some."""
         lengths = [len(row.tokens) for row in rows]
         num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(rows))
         assert all(n > 1 for n in lengths[num_decodes:]), "rows of one token come first"
@@ -100,7 +106,10 @@ class BatchBuilder:
             for row, context in zip(rows, contexts, strict=True)
         ]
         assert max(map(len, tables)) <= self.max_blocks, "a block table is too long"
-        return self._batch(rows, lengths, contexts, tables, num_decodes)
+        batch = self._batch(rows, lengths, contexts, tables, num_decodes)
+        if drawn is not None:
+            self._buffers.feed(batch.token_ids[:num_decodes], drawn)
+        return batch
 
     def _batch(
         self,
@@ -142,7 +151,7 @@ class _Buffers:
         self.block_size = sizes.block_size
         self.copied: torch.cuda.Event | None = None
         wide = 5 * tokens  # five int64 a token, then the int32 ones, two to a place
-        narrow = 2 * rows + 1 + rows * sizes.max_blocks + tokens
+        narrow = 3 * rows + 1 + rows * sizes.max_blocks + tokens
         self.storage = torch.zeros(
             wide + (narrow + 1) // 2,
             dtype=torch.int64,
@@ -154,7 +163,8 @@ class _Buffers:
         )
         small = self.storage[wide:].view(torch.int32)
         self.starts, self.contexts = small[: rows + 1], small[rows + 1 : 2 * rows + 1]
-        self.tables = small[2 * rows + 1 : narrow - tokens]
+        self.drawn_at = small[2 * rows + 1 : 3 * rows + 1]
+        self.tables = small[3 * rows + 1 : narrow - tokens]
         self.adapters = small[narrow - tokens : narrow]
 
     def wait(self) -> None:
@@ -177,6 +187,7 @@ class _Buffers:
         _put(self.tokens, [token for row in rows for token in row.tokens])
         _put(self.starts, [0, *ends])
         _put(self.contexts, contexts)
+        _put(self.drawn_at, [row.drawn_at for row in rows])
         widest = max(map(len, tables))
         padded = np.array([table + [0] * (widest - len(table)) for table in tables], np.int32)
         _put(self.tables, padded.ravel())
@@ -203,6 +214,12 @@ class _Buffers:
         if staging.copied is None:
             staging.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         staging.copied.record()
+
+    def feed(self, tokens: Tensor, drawn: Tensor) -> None:
+        """Into the rows of one token, those that say from where; the host waits for nothing."""
+        places = self.drawn_at[: tokens.size(0)]
+        fed = drawn.index_select(0, places.clamp(min=0))
+        tokens.copy_(torch.where(places == KNOWN, tokens, fed))
 
     def batch(self, tokens: int, rows: int, widest: int, logits: int, **lists: Any) -> Batch:
         return Batch(

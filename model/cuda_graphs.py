@@ -26,10 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class DecodeGraphs:
-    """``forward`` as ``Llama.forward`` over one cache, by graph where one was captured.
-
-    Logits of a replay live until the next one: read or copy them before.
-    """
+    """``forward`` as ``Llama.forward`` over one cache, by graph where one was captured."""
 
     def __init__(self, model: Llama, cache: KVCache, max_rows: int, max_blocks: int) -> None:
         self._model, self._cache = model, cache
@@ -71,7 +68,8 @@ class DecodeGraphs:
             return self._model.forward(batch, self._cache)
         self._padded.fill(batch, bucket)
         graph.replay()
-        return self._logits[: batch.num_decodes]
+        # The next step may be replayed before this one's draws are settled from its logits.
+        return self._logits[: batch.num_decodes].clone()
 
     def _bucket(self, batch: Batch) -> int | None:
         """The smallest that holds the batch; None where it is not plain decoding."""

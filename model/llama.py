@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class Llama(nn.Module):
     def _forward(self, batch: Batch, cache: KVCache, taps: Taps | None) -> Tensor:
         batch.prepared.clear()
         x = self.embedding(batch.token_ids)
-        angles = spread(*self.rope.angles(batch.positions))
+        angles = self.angles(batch.positions)
         x = _tapped(taps, 0, x)
         for index, layer in enumerate(self.layers):
             x = layer(x, angles, batch, cache)
@@ -99,6 +99,10 @@ class Llama(nn.Module):
         if batch.num_logits != batch.num_tokens:
             x = x.index_select(0, batch.logit_rows)
         return self.logits(x)
+
+    def angles(self, positions: Tensor) -> Angles:
+        """[T] -> what every layer turns queries and keys by."""
+        return spread(*self.rope.angles(positions))
 
     def logits(self, x: Tensor) -> Tensor:
         """The residual stream behind the last layer [R, hidden] -> [R, V] float32."""
@@ -246,6 +250,13 @@ class Llama(nn.Module):
         return "; ".join(words) or "none"
 
 
+class Regions(NamedTuple):
+    """What of a layer is plain arithmetic, so that it can be compiled: see ``model.regional``."""
+
+    enter: Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
+    leave: Callable[[Layer, Tensor, Tensor], Tensor]
+
+
 class Layer(nn.Module):
     """One decoder layer."""
 
@@ -255,10 +266,26 @@ class Layer(nn.Module):
         self.attention = Attention(index, make)
         self.feed_forward_norm = make.norm(make.config.hidden_size)
         self.feed_forward = FeedForward(make)
+        self.regions = Regions(Layer.enter, Layer.leave)
 
     def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), angles, batch, cache)
-        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h), batch.adapters)
+        adapters = batch.adapters
+        if adapters is None:
+            qkv = self.regions.enter(self, x, *angles)
+            return self.regions.leave(self, x, self.attention.mix(qkv, batch, cache))
+        qkv = self.enter(x, *angles, adapters)
+        return self.leave(x, self.attention.mix(qkv, batch, cache), adapters)
+
+    def enter(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """Up to attention: [T, hidden] -> [T, H + 2 K, D]."""
+        return self.attention.project(self.attention_norm(x), cosines, sines, adapters)
+
+    def leave(self, x: Tensor, mixed: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """From what attention gave, [T, H * D], to the next layer: [T, hidden]."""
+        h = x + self.attention.output(mixed, adapters)
+        out: Tensor = h + self.feed_forward(self.feed_forward_norm(h), adapters)
         return out
 
     def slots(self) -> dict[str, WeightSlot]:
@@ -294,14 +321,22 @@ class Attention(nn.Module):
         self.q_norm = make.norm(config.head_size) if config.qk_norm else None
         self.k_norm = make.norm(config.head_size) if config.qk_norm else None
 
-    def forward(self, x: Tensor, angles: Angles, batch: Batch, cache: KVCache) -> Tensor:
+    def project(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """Queries, keys and values, the first two turned: [T, H + 2 K, D]."""
         heads, size = self.num_heads, self.config.head_size
-        qkv = self.qkv(x, batch.adapters).view(x.size(0), -1, size)  # T, H + 2 K, D
+        qkv: Tensor = self.qkv(x, adapters).view(x.size(0), -1, size)  # T, H + 2 K, D
         turned = qkv[:, : heads + self.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = turned.split([heads, self.num_kv_heads], 1)
+            q, k = turned[:, :heads], turned[:, heads:]
             turned = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        qkv[:, : heads + self.num_kv_heads] = rotate(turned, *angles)
+        qkv[:, : heads + self.num_kv_heads] = rotate(turned, cosines, sines)
+        return qkv
+
+    def mix(self, qkv: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """What each token takes from its row's keys, these included: [T, H * D]."""
+        heads = self.num_heads
         cache.write(self.index, qkv[:, heads:], batch)
         mixed = attention(
             qkv[:, :heads],
@@ -312,8 +347,7 @@ class Attention(nn.Module):
             window=self.window,
             backend=self.backend,
         )
-        out: Tensor = self.output(mixed.flatten(1), batch.adapters)
-        return out
+        return mixed.flatten(1)
 
     def slots(self) -> dict[str, WeightSlot]:
         found = self.qkv.slots(QKV, self.config.qkv_bias)

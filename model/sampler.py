@@ -98,11 +98,15 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """``token`` is -1 where there is an ``error``."""
+    """``token`` is -1 where there is an ``error``.
+
+    ``is_late`` where it was settled by ``collect``: ``Drawn.tokens`` has another one.
+    """
 
     token: int
     logprob: RawLogprob | None = None
     error: DrawError | None = None
+    is_late: bool = False
 
 
 class Sampler:
@@ -181,13 +185,26 @@ class Drawn:
         self._rows = rows
         self._groups = groups
         self._order = [index for group in groups for index in group.members]
+        self._on_device: Tensor | None = None  # [R, 3]
         self._drawn: HostCopy | None = None
         self._scored: list[int] = []
         self._scores: PendingLogprobs | None = None
         if groups:
             drawn = torch.cat([group.drawn for group in groups])
+            self._on_device = drawn
             self._drawn = HostCopy(drawn)
             self._launch_logprobs(drawn[:, 0].long())
+
+    @property
+    def tokens(self) -> Tensor:
+        """[R] int64, still on the device, at ``places``; a valid id also where the draw failed."""
+        assert self._on_device is not None, "nothing is drawn"
+        return self._on_device[:, 0].long().clamp_(0, self._logits.size(1) - 1)
+
+    @property
+    def places(self) -> list[int]:
+        """Where in ``tokens`` each row's is."""
+        return sorted(range(len(self._order)), key=self._order.__getitem__)
 
     def collect(self) -> list[Draw]:
         """One ``Draw`` a row, in the rows' order. The one place that waits for the device."""
@@ -197,7 +214,10 @@ class Drawn:
         redrawn = self._redraw(outcomes)
         logprobs = self._read_logprobs()
         logprobs |= self._score_again([i for i in self._scored if i in redrawn], outcomes)
-        return [_as_draw(outcomes[i], logprobs.get(i)) for i in range(len(self._rows))]
+        return [
+            _as_draw(outcomes[i], logprobs.get(i), is_late=i in redrawn)
+            for i in range(len(self._rows))
+        ]
 
     def _launch_logprobs(self, tokens: Tensor) -> None:
         """``tokens`` [R] are in the groups' order."""
@@ -260,10 +280,10 @@ def _take(logits: Tensor, rows: list[int], *, is_changed: bool) -> Tensor:
     return logits[to_device(torch.tensor(rows), logits.device)]
 
 
-def _as_draw(outcome: list[float], logprob: RawLogprob | None) -> Draw:
+def _as_draw(outcome: list[float], logprob: RawLogprob | None, *, is_late: bool) -> Draw:
     token, best, _ = outcome
     if best == -math.inf:
         return Draw(-1, error=DrawError.NOTHING_ALLOWED)
     if not math.isfinite(best) or (logprob is not None and math.isnan(logprob.logprob)):
         return Draw(-1, error=DrawError.NOT_FINITE)
-    return Draw(int(token), logprob)
+    return Draw(int(token), logprob, is_late=is_late)

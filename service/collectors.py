@@ -118,6 +118,16 @@ class OwnStates(Collector):
             name: (counter, CounterMetricFamily(OWN + name, about, labels=LABELS))
             for name, (counter, about) in OWN_COUNTERS.items()
         }
+        steps = CounterMetricFamily(
+            OWN + "engine_step_seconds",
+            "From one step's end to the next one's, idle time left out",
+            labels=LABELS,
+        )
+        gaps = CounterMetricFamily(
+            OWN + "engine_gap_seconds",
+            "Of engine_step_seconds, outside the network: scheduling, sampling, messages",
+            labels=LABELS,
+        )
         for model in self.models.models:
             for number, engine in enumerate(model.engines):
                 labels = [model.name, str(number)]
@@ -125,12 +135,15 @@ class OwnStates(Collector):
                 for counter, family in counted.values():
                     family.add_metric(labels, engine.state.counters.get(counter, 0))
                 dropped = self.metrics[model.name, number].num_dropped + engine.num_discarded
-                in_engine = engine.state.counters.get("discarded_tokens", 0)
+                counters = engine.state.counters
+                in_engine = counters.get("discarded_tokens", 0)
                 discarded.add_metric(labels, dropped + in_engine)
                 restarts.add_metric(labels, engine.num_restarts)
                 ready.add_metric(labels, engine.is_ready)
                 waiting.add_metric(labels, engine.state.waiting_tokens)
-        yield from (restarts, ready, waiting, discarded, usage)
+                steps.add_metric(labels, counters.get("step_seconds", 0))
+                gaps.add_metric(labels, counters.get("gap_seconds", 0))
+        yield from (restarts, ready, waiting, discarded, usage, steps, gaps)
         yield from (family for _, family in counted.values())
 
 

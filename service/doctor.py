@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.processor import processor_features
-from service.engine.machine import available_memory, memory_limits, usable_cores
+from service.engine.cores import plan_cores
+from service.engine.machine import available_memory, memory_limits
 
 GIB = 1 << 30
 WANTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
@@ -48,14 +49,17 @@ def _system() -> list[Finding]:
 
 def _processor() -> list[Finding]:
     flags = processor_features()
-    cores, usable = os.cpu_count() or 1, usable_cores()
+    hyperthreads, plan = os.cpu_count() or 1, plan_cores(device="auto")
+    advice_on_cores = "" if plan.threads > 1 else "two or more serve better"
     found = [flag for flag in WANTED_FLAGS if flag in flags]
     advice = ""
     if flags and "avx512_bf16" not in flags and "amx_bf16" not in flags:
         advice = "no bf16 instructions: --dtype float32 is taken on this processor"
     return [
         Finding(
-            "cores", f"{usable} usable of {cores}", "" if usable > 1 else "two or more serve better"
+            "cores",
+            f"{plan.threads} threads of {hyperthreads} processors: {plan.why}",
+            advice_on_cores,
         ),
         Finding("instruction sets", " ".join(found) or "unknown", advice),
     ]

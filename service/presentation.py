@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service import __version__, listener
 from service.engine.client import EngineClient
+from service.engine.cores import CorePlan
 from service.engine.messages import State
 from service.registry import ServedModel
 from service.settings import Settings
@@ -64,7 +65,13 @@ class _StageLines:
                 logger.info("%s", message.stage.replace("_", " "))
 
 
-def banner(settings: Settings, model: ServedModel, state: State, socket: listener.Socket) -> None:
+def banner(
+    settings: Settings,
+    model: ServedModel,
+    state: State,
+    plan: CorePlan,
+    socket: listener.Socket,
+) -> None:
     """Model, device, dtype, cache and address: what an operator asks first."""
     facts = state.facts
     names, size = ", ".join(model.names), _in_short(int(facts["parameters"]))
@@ -72,10 +79,11 @@ def banner(settings: Settings, model: ServedModel, state: State, socket: listene
         "pronk %s serves %s (%s, %s parameters)", __version__, names, facts["architecture"], size
     )
     logger.info(
-        "on %s in %s with %s threads; decodes by %s; torch %s",
+        "on %s in %s with %s threads (%s); decodes by %s; torch %s",
         facts["device"],
         facts["dtype"],
         facts["threads"],
+        plan.why,
         facts["attention"],
         facts["torch"],
     )

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from service import listener, presentation
 from service.api.app import create_app
 from service.engine.client import EngineClient
+from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
 from service.engine.messages import State
 from service.engine.options import EngineOptions
 from service.errors import EngineFailure
@@ -100,8 +101,17 @@ def find_model(reference: str | None) -> Source:
     )
 
 
+def core_plan(settings: Settings, source: Source) -> CorePlan:
+    return plan_cores(
+        settings.threads,
+        may_pin=settings.cpu_affinity,
+        device=settings.device,
+        model_bytes=weights_bytes(source.path) if source.path is not None else 0,
+    )
+
+
 def engine_options(
-    settings: Settings, source: Source, draft: Source | None = None
+    settings: Settings, source: Source, plan: CorePlan, draft: Source | None = None
 ) -> EngineOptions:
     return EngineOptions(
         model=str(source.path or ""),
@@ -121,12 +131,16 @@ def engine_options(
         enable_prefix_caching=settings.enable_prefix_caching,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
-        threads=settings.threads,
+        threads=plan.threads,
+        cpus=tuple(sorted(plan.engine or ())),
+        async_scheduling=settings.async_scheduling,
         attention_backend=settings.attention_backend,
         speculative_model=str(draft.path or "") if draft is not None else None,
         num_speculative_tokens=settings.num_speculative_tokens,
         speculative_ngram_min=settings.speculative_ngram_min,
         speculative_ngram_max=settings.speculative_ngram_max,
+        compile=settings.compile,
+        compile_cache=str(settings.compile_cache) if settings.compile_cache else None,
         max_loras=settings.max_running_loras,
         max_lora_rank=settings.max_lora_rank,
         max_cpu_loras=settings.max_cpu_loras,
@@ -153,7 +167,10 @@ class Server:
         self.socket = socket
         model = settings.speculative_model
         self.draft = None if model is None else find_model(model)
-        self.engine = EngineClient(engine_options(settings, source, self.draft))
+        self.plan = core_plan(settings, source)
+        if self.plan.http is not None:
+            hold(self.plan.http)
+        self.engine = EngineClient(engine_options(settings, source, self.plan, self.draft))
         names = settings.served_model_name or [source.name]
         self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
         if both := settings.adapters.keys() & set(names):
@@ -217,7 +234,7 @@ class Server:
         except (EngineFailure, ValueError, OSError) as error:
             self._give_up(f"cannot serve {self.source.reference}: {error}")
             return
-        presentation.banner(self.settings, self.model, self.engine.state, self.socket)
+        presentation.banner(self.settings, self.model, self.engine.state, self.plan, self.socket)
         wants_sample = self.settings.sample
         if wants_sample or (wants_sample is None and self.source.is_bundled):
             await presentation.sample(self.app, self.settings, self.model)

@@ -152,7 +152,29 @@ class Settings(BaseSettings):
     attention_backend: Literal["auto", "reference", "cpu", "sdpa", "triton", "varlen"] = Field(
         "auto", description="Attention kernel; auto takes the best one present"
     )
-    threads: int | None = Field(None, ge=1, description="Threads of the engine; default: the cores")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the layers; auto: on a GPU, where it is faster"
+    )
+    compile_cache: Path | None = Field(
+        None,
+        description="Folder that keeps compiled kernels between starts; "
+        "default: pronk/compile in the user's cache folder",
+    )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Launch each step while the device computes the one before it; "
+        "default: on a GPU",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads of the engine; default: the physical cores, "
+        "less one for HTTP where there are four or more",
+    )
+    cpu_affinity: bool = Field(
+        True,
+        description="Hold engine and HTTP process to cores of their own where there are enough",
+    )
 
     # ---- speculative decoding
     speculative_method: Literal["none", "ngram", "draft"] = Field(

@@ -28,7 +28,7 @@ from service.engine.options import EngineOptions
 from service.engine.process import BRIEF_SPIN
 from service.engine.worker import make_scheduler
 from service.errors import PronkError
-from service.serve import ServeProblem, Source, engine_options, find_model
+from service.serve import ServeProblem, Source, core_plan, engine_options, find_model
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _measure(settings: OfflineSettings, source: Source) -> OfflineReport:
     from service.bench import rates
 
     console = Console(stderr=True, highlight=False)
-    options = engine_options(settings.engine, source)
+    options = engine_options(settings.engine, source, core_plan(settings.engine, source))
     with console.status("loading"):
         loaded = load(options)
     widest = max(settings.concurrency)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from model.cuda_graphs import DecodeGraphs
 
 # (sequence, choice, row of the logits, tokens proposed so far) -> how the next one is drawn
-SamplingRowOf = Callable[[Sequence, Choice, int, list[int]], SamplingRow]
+SamplingRowOf = Callable[[Row, Choice, int, list[int]], SamplingRow]
 SINGLES = 2  # tokens to catch up with that are laid out as rows of one token each
 
 
@@ -155,7 +155,7 @@ class Drafter:
         drawn = self._sampler.launch(
             logits,
             [
-                sampling_row(each.row.sequence, each.row.choices[0], place, each.row.proposed)
+                sampling_row(each.row, each.row.choices[0], place, each.row.proposed)
                 for each, place in sampling
             ],
         ).collect()

@@ -55,17 +55,25 @@ class Lineup:
     def free_slots(self) -> int:
         return self.max_num_seqs - len(self.running)
 
-    def fill(self, step: Step) -> None:
+    @property
+    def can_spare_pages(self) -> bool:
+        """Whether every decoding sequence gets its next token's page, and nobody is preempted."""
+        free, writable = self._paging.pool.num_free, self._paging.is_writable
+        return free >= len(self.running) or free >= sum(
+            not writable(sequence) for sequence in self.running if sequence.num_due == 1
+        )
+
+    def fill(self, step: Step, *, may_guess: bool = True) -> None:
         """One token for every decoding sequence, then chunks of prompts within the budget.
 
-        What is left of it may go to guesses.
+        What is left of it may go to guesses, which start from tokens that are known.
         """
         self._fill_decodes(step)
         self._fill_prompts(step)
         if self._adapters.num_slots:
             self._place_adapters(step)
         step.put_in_order()
-        room = self._budget - step.num_tokens
+        room = self._budget - step.num_tokens if may_guess else 0
         self._speculator.extend(step, room, self._max_model_len, self._paging)
         self._settle_host(step)
 
@@ -98,8 +106,13 @@ class Lineup:
             self.waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
             del self.running[self._position(sequence)]
-            self._paging.release(sequence)
+            self.release_unused(sequence)
         sequence.status = Status.FINISHED
+
+    def release_unused(self, sequence: Sequence) -> None:
+        """Of one that has ended: its blocks, unless a step under way may still write to them."""
+        if not sequence.num_rows:
+            self._paging.release(sequence)
 
     def _position(self, sequence: Sequence) -> int:
         i = bisect_left(self.running, sequence.order, key=_order)

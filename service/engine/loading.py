@@ -15,6 +15,7 @@ from model.kv_cache import KVCache, bytes_per_block
 from model.kv_format import format_name
 from model.llama import Llama
 from model.lora import Adapter, AdapterError
+from model.regional import settle_regions
 from model.tokenizer import TokenizerError, load_tokenizer
 from service.engine.capacity import (
     CPU_SHARE,
@@ -51,6 +52,7 @@ class Loaded:
     num_blocks: int
     facts: dict[str, str]
     num_host_slots: int = 0  # pages kept in host memory
+    runs_ahead: bool = False  # a step is launched before the one before it is collected
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by name
     adapter_slots: int = 0
 
@@ -70,6 +72,7 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     )
     if "layers dense" in model.quantization:
         logger.warning("not all linear layers are quantized: %s", model.quantization)
+    compiled = settle_regions(model, options.compile)
     if options.max_loras:
         model.make_adapter_slots(options.max_loras, options.max_lora_rank)
     draft = load_draft(options, model) if options.speculative_model is not None else None
@@ -99,7 +102,11 @@ def load(options: EngineOptions, progress: Callable[[float], None]) -> Loaded:
     slots = 0 if host is None else host.num_slots
     facts = _facts(model, fitting, blocks) | _draft_facts(draft)
     facts["host_tokens"] = str(slots * limits.block_size)
-    return Loaded(runner, fitting, blocks, facts, slots, adapters, options.max_loras)
+    facts["attention"] = ", ".join(filter(None, (facts["attention"], compiled)))
+    # On a processor host and device are the same cores: nothing would be gained.
+    asked = options.async_scheduling
+    runs_ahead = device.type == "cuda" if asked is None else asked
+    return Loaded(runner, fitting, blocks, facts, slots, runs_ahead, adapters, options.max_loras)
 
 
 def read_adapters(options: EngineOptions, runner: ModelRunner) -> dict[str, Adapter]:

@@ -1,8 +1,14 @@
-"""The engine's loop: take commands, run a step, tell what came of it. Blocks when idle."""
+"""The engine's loop: take commands, run a step, tell what came of it. Blocks when idle.
+
+Running ahead, a step is launched before the one before it is collected: while the device computes
+one, the host tells of the last and prepares the next, and the device never waits for it.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from service.engine.adapter_desk import AdapterDesk
@@ -38,9 +44,18 @@ Launched = TypeVar("Launched")
 class Runner(Protocol[Launched]):
     """What the loop needs of ``ModelRunner``."""
 
-    def launch(self, step: Step) -> Launched: ...
+    def launch(self, step: Step, before: Launched | None) -> Launched: ...
     def collect(self, launched: Launched) -> StepResult: ...
     def is_fatal(self, error: Exception) -> bool: ...
+
+
+@dataclass(slots=True)
+class Flight(Generic[Launched]):
+    """A step under way, or why it could not be launched."""
+
+    step: Step
+    launched: Launched | None = None
+    error: Exception | None = None
 
 
 class EngineLoop(Generic[Launched]):
@@ -55,6 +70,8 @@ class EngineLoop(Generic[Launched]):
         rates: StepRates,
         facts: dict[str, str],
         adapters: AdapterDesk[Any] | None = None,
+        *,
+        runs_ahead: bool = False,
     ) -> None:
         self._connections = connections
         self._pulse = pulse
@@ -62,9 +79,15 @@ class EngineLoop(Generic[Launched]):
         self._runner = runner
         self._rates = rates
         self._facts = facts
+        self._runs_ahead = runs_ahead
+        self._flight: Flight[Launched] | None = None
         self._adapters = adapters
         self._early: list[Event] = []  # heard while a step was on the device
-        self._num_steps = 0
+        self.num_steps = 0
+        self._step_seconds = 0.0
+        self._model_seconds = 0.0
+        self._gap_seconds = 0.0
+        self._busy_since: float | None = None  # the last step was back, and there is more to do
         self._num_failures = 0  # in a row
         self._num_failed_steps = 0
         self._is_draining = False
@@ -77,9 +100,7 @@ class EngineLoop(Generic[Launched]):
             self._take_commands()
             self._tend_adapters()
             self._send(self._scheduler.expire())
-            step = self._scheduler.schedule()
-            if step is not None:
-                self._advance(step)
+            self._advance()
             self._publish()
         return self._exit_code
 
@@ -88,7 +109,9 @@ class EngineLoop(Generic[Launched]):
     def _take_commands(self) -> None:
         """Whatever has come in; waits for it only when there is nothing to compute."""
         early, self._early = self._early, []
-        is_busy = bool(early) or self._scheduler.has_work
+        is_busy = bool(early) or self._flight is not None or self._scheduler.has_work
+        if not is_busy:
+            self._busy_since = None
         is_reading = self._adapters is not None and self._adapters.is_reading
         wait = 0.0 if is_busy else READING_WAIT if is_reading else IDLE_WAIT
         for front_end, message in [*early, *self._connections.poll(wait)]:
@@ -152,20 +175,57 @@ class EngineLoop(Generic[Launched]):
 
     # ---- steps
 
-    def _advance(self, step: Step) -> None:
-        self._pulse.step_begins(self._rates.estimate(step.num_tokens))
+    def _advance(self) -> None:
+        """Launch the next step, and collect what was under way; or it, when not running ahead."""
+        if self._busy_since is None and self._scheduler.has_work:
+            self._busy_since = time.monotonic()
+        step, before = self._scheduler.schedule(), self._flight
+        self._flight = None if step is None else self._launch(step, before)
+        if before is not None:
+            self._land(before)
+        if self._flight is not None and (not self._runs_ahead or self._flight.error is not None):
+            self._land(self._flight)
+            self._flight = None
+
+    def _launch(self, step: Step, before: Flight[Launched] | None) -> Flight[Launched]:
+        if before is None:
+            self._pulse.step_begins(self._rates.estimate(step.num_tokens))
         try:
-            launched = self._runner.launch(step)
+            launched = self._runner.launch(step, before.launched if before is not None else None)
+        except Exception as error:
+            return Flight(step, error=error)
+        return Flight(step, launched)
+
+    def _land(self, flight: Flight[Launched]) -> None:
+        """Wait for a step; its end is when the next one under way has the device to itself."""
+        step = flight.step
+        try:
+            if flight.launched is None:
+                assert flight.error is not None
+                raise flight.error
             self._early += self._connections.poll(0)  # while the device computes
-            result = self._runner.collect(launched)
+            result = self._runner.collect(flight.launched)
         except Exception as error:
             result = self._failed(step, error)
         else:
             self._num_failures = 0
         seconds = self._pulse.step_ends()
+        if self._flight is not None and self._flight is not flight:
+            self._pulse.step_begins(self._rates.estimate(self._flight.step.num_tokens))
         self._rates.observe(step.num_tokens, seconds)
-        self._num_steps += 1
+        self.num_steps += 1
+        self._count_gap(result.model_seconds)
         self._send(self._scheduler.update(step, result), step, seconds)
+
+    def _count_gap(self, model_seconds: float) -> None:
+        """From one step's end to the next one's; what of it was not the network's is the gap."""
+        now = time.monotonic()
+        assert self._busy_since is not None, "a step without work"
+        self._step_seconds += now - self._busy_since
+        self._model_seconds += model_seconds
+        self._busy_since = now
+        # A step may have been in the network before the last one was back: counters only rise.
+        self._gap_seconds = max(self._gap_seconds, self._step_seconds - self._model_seconds)
 
     def _failed(self, step: Step, error: Exception) -> StepResult:
         """The step's own requests fail, the engine goes on; unless it cannot."""
@@ -185,7 +245,7 @@ class EngineLoop(Generic[Launched]):
         for front_end in {row.sequence.request.client for row in rows} | deliveries.keys():
             assert isinstance(front_end, int)
             message = Outputs(
-                step=step.number if step is not None else self._num_steps,
+                step=step.number if step is not None else self.num_steps,
                 num_scheduled_tokens=step.num_tokens if step is not None else 0,
                 step_time=seconds,
                 outputs=deliveries.get(front_end, []),
@@ -200,7 +260,7 @@ class EngineLoop(Generic[Launched]):
         state = State(
             stage="draining" if self._is_draining else "ready",
             progress=1.0,
-            steps=self._num_steps,
+            steps=self.num_steps,
             running=gauges.running,
             waiting=gauges.waiting,
             waiting_tokens=gauges.waiting_tokens,
@@ -210,7 +270,7 @@ class EngineLoop(Generic[Launched]):
             host_blocks=self._scheduler.pool.host.num_slots,
             used_host_blocks=self._scheduler.pool.host.num_used,
             max_model_len=self._scheduler.max_model_len,
-            counters=self._scheduler.counters.as_dict() | {"failed_steps": self._num_failed_steps},
+            counters=self._scheduler.counters.as_dict() | self.counters(),
             facts=self._facts,
             step_estimate=told.step_estimate,
             adapters=dict(table.versions),
@@ -224,6 +284,13 @@ class EngineLoop(Generic[Launched]):
             told.waiting,
         )
         self._pulse.publish(state, urgent=urgent or changed)
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "failed_steps": self._num_failed_steps,
+            "step_seconds": self._step_seconds,
+            "gap_seconds": self._gap_seconds,
+        }
 
 
 def as_refused(number: int, error: PronkError) -> Refused:

@@ -61,13 +61,13 @@ class Paging:
 
     def is_writable(self, sequence: Sequence) -> bool:
         """Whether the page of its next token is there and its own."""
-        page = sequence.num_computed // self.pool.block_size
+        page = sequence.num_scheduled // self.pool.block_size
         table = sequence.block_table
         return page < len(table) and self.pool.holders(table[page]) == 1
 
     def make_writable(self, sequence: Sequence, copies: Copies) -> None:
         """A fresh last page, or a private copy of a shared one. Takes one free block."""
-        page, used = divmod(sequence.num_computed, self.pool.block_size)
+        page, used = divmod(sequence.num_scheduled, self.pool.block_size)
         block = self.pool.allocate()
         if page == len(sequence.block_table):
             sequence.block_table.append(block)
@@ -115,5 +115,5 @@ class Paging:
 
     def wants_page_soon(self, sequence: Sequence) -> bool:
         """Whether it will need one more block within a grain of tokens."""
-        room = len(sequence.block_table) * self.pool.block_size - len(sequence.tokens)
+        room = len(sequence.block_table) * self.pool.block_size - sequence.length
         return room < min(self.pool.grain, sequence.settings.max_tokens - sequence.num_output)

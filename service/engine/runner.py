@@ -6,6 +6,7 @@ while the device works), ``collect`` waits for what was drawn.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from model.lora import Adapter, LowRank, read_adapter
 from model.penalties import PenaltyState
 from model.sampler import Draw as RawDraw
 from model.sampler import DrawError, Drawn, Sampler, SamplingRow
+from model.stopwatch import Stopwatch
 from service.engine.capacity import Limits
 from service.engine.drafting import Drafter
 from service.engine.messages import SamplingSettings, TokenLogprob
@@ -46,6 +48,15 @@ class Launched:
     drawn: Drawn | None
     hidden: Tensor | None
     is_finite: Tensor | None  # [T] bool, of ``hidden``
+    forward: Stopwatch
+
+    @property
+    def places(self) -> list[int | None]:
+        """By row, where among the tokens drawn its first is."""
+        places = self.drawn.places if self.drawn is not None else []
+        firsts = itertools.accumulate((len(row.choices) for row in self.step.rows), initial=0)
+        rows = zip(self.step.rows, firsts, strict=False)
+        return [places[first] if row.choices else None for row, first in rows]
 
 
 class ModelRunner:
@@ -127,19 +138,36 @@ class ModelRunner:
         return isinstance(error, torch.AcceleratorError)
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Launched:
-        """Queue the step on the device."""
+    def launch(self, step: Step, before: Launched | None = None) -> Launched:
+        """Queue the step on the device; ``before`` is the one whose draws feed it."""
         self._move_pages(step)
         for slot, version in step.fills:
             self.model.fill_adapter_slot(slot, self._adapters[version])
         passes = self.drafter.propose(step, self._sampling_row) if self.drafter is not None else []
-        batch = self._builder.build([own for row in step.rows for own in _batch_rows(row)])
+        batch = self._build(step, before)
         has_chunks = any(row.count > 1 or not row.choices for row in step.rows)
+        forward = Stopwatch(self.model.device)
         logits, hidden = self._forward(batch, has_chunks)
+        forward.stop()
         is_finite = hidden.isfinite().all(-1) if hidden is not None else None
         rows = self._sampling_rows(step.rows)
         drawn = self._sampler.launch(logits, rows) if rows else None
-        return Launched(step, passes, drawn, hidden, is_finite)
+        return Launched(step, passes, drawn, hidden, is_finite, forward)
+
+    def _build(self, step: Step, before: Launched | None) -> Batch:
+        """Tokens that ``before`` draws are put in on the device: the host never sees them here."""
+        rows = [own for row in step.rows for own in _batch_rows(row)]
+        if all(row.token_from is None for row in step.rows):
+            return self._builder.build(rows)
+        assert before is not None, "a step that is fed needs the one before it"
+        assert before.drawn is not None, "fed by a step that draws nothing"
+        places = before.places
+        for row, own in zip(rows, step.rows, strict=True):  # nothing is proposed in such a step
+            if own.token_from is not None:
+                place = places[own.token_from]
+                assert place is not None, "fed by a row that draws nothing"
+                row.drawn_at = place
+        return self._builder.build(rows, before.drawn.tokens)
 
     def _move_pages(self, step: Step) -> None:
         if self.host is not None and step.stores:
@@ -168,7 +196,7 @@ class ModelRunner:
                 self._cleanse(row)
             first += row.count + len(row.proposed)
         self._forget_finished()
-        return StepResult(results, launched.draft_passes)
+        return StepResult(results, launched.draft_passes, model_seconds=launched.forward.seconds)
 
     def _speculative_result(self, row: Row, draws: list[RawDraw]) -> RowResult:
         """The draws that count. Where one went wrong only those before it, if any, are sure.
@@ -210,7 +238,7 @@ class ModelRunner:
         for row in rows:
             for choice in row.choices:
                 found += [
-                    self._sampling_row(row.sequence, choice, logits_row + i, row.proposed[:i])
+                    self._sampling_row(row, choice, logits_row + i, row.proposed[:i])
                     for i in range(1 + len(row.proposed))
                 ]
             if row.choices:
@@ -218,15 +246,15 @@ class ModelRunner:
         return found
 
     def _sampling_row(
-        self, sequence: Sequence, choice: Choice, logits_row: int, ahead: list[int]
+        self, row: Row, choice: Choice, logits_row: int, ahead: list[int]
     ) -> SamplingRow:
-        """How the token after the sequence's own and those ``ahead`` of them is drawn."""
-        settings = choice.settings
+        """How the token after the row's own and those ``ahead`` of them is drawn."""
+        sequence, settings = row.sequence, choice.settings
         return SamplingRow(
             logits_row=logits_row,
             seed=settings.seed,
             choice=settings.choice,
-            position=len(sequence.tokens) + len(ahead),
+            position=row.end + len(ahead),
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
@@ -236,7 +264,7 @@ class ModelRunner:
             repetition_penalty=settings.repetition_penalty,
             logit_bias=settings.logit_bias,
             allowed=settings.allowed_token_ids,
-            banned=_banned(settings, sequence, ahead),
+            banned=_banned(settings, row, ahead),
             penalties=self._penalty_state(sequence, choice, ahead),
             logprobs=settings.logprobs,
         )
@@ -293,10 +321,11 @@ def _batch_rows(row: Row) -> list[BatchRow]:
     ]
 
 
-def _banned(settings: SamplingSettings, sequence: Sequence, ahead: list[int]) -> list[int]:
+def _banned(settings: SamplingSettings, row: Row, ahead: list[int]) -> list[int]:
     """Ends below ``min_tokens``, and last tokens of bad words whose rest has just been put out."""
     banned: list[int] = []
-    if sequence.num_output + len(ahead) < settings.min_tokens:
+    sequence = row.sequence
+    if row.end - sequence.num_prompt + len(ahead) < settings.min_tokens:
         banned += settings.eos_token_ids
         banned += settings.stop_token_ids
     if settings.bad_words:
@@ -315,7 +344,7 @@ def _result(draws: list[RawDraw], prompt_logprobs: list[TokenLogprob]) -> RowRes
     if error is not None:
         return RowResult(error=error)
     drawn = [Draw(draw.token, _logprob(draw.logprob) if draw.logprob else None) for draw in draws]
-    return RowResult(drawn, prompt_logprobs)
+    return RowResult(drawn, prompt_logprobs, is_late=any(draw.is_late for draw in draws))
 
 
 def _logprob(raw: RawLogprob) -> TokenLogprob:

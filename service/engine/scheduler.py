@@ -5,9 +5,11 @@
     scheduler.cancel(id, choice, client)     from any state, idempotent; nothing is sent for it
     scheduler.cancel_client(client)          a connection is lost
     scheduler.expire() -> Deliveries         partial answers of what is out of time
-    scheduler.schedule() -> Step | None      None: nobody is here
+    scheduler.schedule() -> Step | None      None: nobody is here, or all must wait
     scheduler.update(step, result) -> Deliveries
     scheduler.has_work, .gauges(), .counters
+
+One step may be scheduled ahead of the update of the one before it (``service.engine.ahead``).
 
 ``Deliveries`` maps each client (connection) to its messages.Output of this step. Every choice gets
 exactly one Output with a finish_reason, unless it was cancelled.
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Collection
 
 from service.engine.adapters import AdapterTable
 from service.engine.admission import QueueBounds, RequestLimits
+from service.engine.ahead import feed, may_run_ahead
 from service.engine.blocks import BlockPool
 from service.engine.costs import StepCosts
 from service.engine.counters import Counters, Gauges
@@ -93,8 +97,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._num_steps = 0
         self._num_ended = 0  # choices, since the rate last heard of it
-        self._in_flight: Step | None = None
-        self._step_began = 0.0
+        self._under_way: deque[Step] = deque()  # launched and not yet updated: two at most
         self._last_update = 0.0
 
     @property
@@ -165,26 +168,47 @@ class Scheduler:
     # ---- a step --------------------------------------------------------------------------------
 
     def schedule(self) -> Step | None:
-        """The next step; the caller updates it before it asks for another."""
-        assert self._in_flight is None, "the step before this one is not updated yet"
+        """The next step. With one under way it is made ahead of what that one draws.
+
+        None also where it has to wait for that one: nothing is preempted ahead of an update, for
+        what is known only then might have made room.
+        """
+        assert len(self._under_way) < 2, "two steps are under way"
+        before = self._under_way[-1] if self._under_way else None
         if not self._requests:
             self.rate.pause()
             return None
+        if before is not None and not self._can_run_ahead(before):
+            return None
         self.rate.start(self._clock())
         step = Step(self._num_steps)
-        self._lineup.fill(step)
+        self._lineup.fill(step, may_guess=before is None)
+        if before is not None:
+            if not step.rows:
+                return None
+            feed(step, before)
         assert step.rows, "somebody is here and nobody can run"
+        for row in step.rows:
+            row.depart(self.max_model_len)
         self._num_steps += 1
-        self._in_flight = step
-        self._step_began = self._clock()
+        self._under_way.append(step)
+        step.began = self._clock()
         return step
+
+    def _can_run_ahead(self, before: Step) -> bool:
+        return (
+            all(map(may_run_ahead, before.rows))
+            and not self._speculator.may_guess_after(before)
+            and self._lineup.can_spare_pages
+        )
 
     def update(self, step: Step, result: StepResult) -> Deliveries:
         """Extends, forks, finishes and frees; what each client is to be told."""
-        assert step is self._in_flight, "not the step in flight"
-        self._in_flight = None
+        assert self._under_way, "no step is under way"
+        assert step is self._under_way[0], "not the step launched first"
+        self._under_way.popleft()
         now = self._clock()
-        seconds = now - max(self._step_began, self._last_update)
+        seconds = now - max(step.began, self._last_update)
         self._speculator.observe(step, seconds, result.draft_passes)
         self._last_update = now
         out: Deliveries = {}
@@ -192,6 +216,7 @@ class Scheduler:
             self.pool.host.forget_slots(slot for _, slot, _ in step.stores)
             self.adapters.forget_fills(step.fills)
         for row, came in zip(step.rows, result.rows, strict=True):
+            row.arrive()
             self._update_row(row, came, now, out)
         self.rate.observe(now, self._num_ended, step.num_tokens)
         self._num_ended = 0
@@ -202,6 +227,9 @@ class Scheduler:
         if row.gives_up:
             self._speculator.give_up(sequence)
         if sequence.status is Status.FINISHED:
+            self.counters.discarded_tokens += len(came.draws)
+            self._lineup.release_unused(sequence)
+        elif row.is_void:
             self.counters.discarded_tokens += len(came.draws)
         elif row.proposed and not came.draws and came.error is None:
             return  # computed in vain: the sequence is where it was
@@ -219,6 +247,14 @@ class Scheduler:
             if sequence.num_computed == len(sequence.tokens):
                 self._note_prompt_done(sequence.request)
                 self._draw(row, came.draws, now, out)
+            if came.is_late:
+                self._void_next(sequence)
+
+    def _void_next(self, sequence: Sequence) -> None:
+        """The row launched ahead was fed another token than the one drawn: it is made again."""
+        for row in self._under_way[0].rows if self._under_way else ():
+            if row.sequence is sequence and sequence.status is not Status.FINISHED:
+                row.void()
 
     def _note_prompt_done(self, request: Request) -> None:
         if not request.is_prompt_done:

@@ -155,6 +155,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     speculation: Speculation | None = None  # once it was asked whether to guess ahead
+    # Of the rows under way, launched and not yet updated (see ``service.engine.step.Row``):
+    num_rows: int = 0
+    num_launched: int = 0  # tokens they compute
+    num_promised: int = 0  # tokens they draw that it goes on from, whatever these will be
 
     @classmethod
     def start(cls, request: Request, grain: int = GRAIN) -> Sequence:
@@ -191,9 +195,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def length(self) -> int:
+        """Of its tokens, those promised included."""
+        return len(self.tokens) + self.num_promised
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens computed or under way: where its next row starts."""
+        return self.num_computed + self.num_launched
+
+    @property
     def num_due(self) -> int:
-        """Tokens to compute until it samples again."""
-        return len(self.tokens) - self.num_computed
+        """Tokens to schedule until it samples again."""
+        return len(self.tokens) + self.num_promised - self.num_computed - self.num_launched
 
     @property
     def choices_that_draw(self) -> tuple[Choice, ...]:
@@ -233,6 +247,7 @@ class Sequence:
 
     def forget_pages(self) -> None:
         """What it knows of its pages, once they are given back: nothing is computed."""
+        assert not self.num_rows, "a step under way writes to its pages"
         self.block_table = []
         self.num_computed = 0
         self.num_registered = 0
@@ -246,12 +261,13 @@ class Sequence:
         An end of sequence gives no stop reason, the client's own stop id gives itself.
         """
         settings, token = self.settings, self.tokens[-1]
-        num_output = len(self.tokens) - self.num_prompt
-        if num_output > settings.min_tokens:
+        if self.num_output > settings.min_tokens:
             if token in settings.eos_token_ids:
                 return Ending("stop")
             if token in settings.stop_token_ids:
                 return Ending("stop", token)
-        if num_output >= settings.max_tokens or len(self.tokens) >= max_model_len:
-            return Ending("length")
-        return None
+        return Ending("length") if self.ends_at(len(self.tokens), max_model_len) else None
+
+    def ends_at(self, length: int, max_model_len: int) -> bool:
+        """Whether it ends with that many tokens, whatever they are."""
+        return length - self.num_prompt >= self.settings.max_tokens or length >= max_model_len

@@ -115,6 +115,19 @@ class Speculator:
         chosen = self._choose(able, num_rows, room)
         self._give(step, chosen, paging)
 
+    def may_guess_after(self, step: Step) -> bool:
+        """Whether the step after this one might carry proposals: it has to know its tokens."""
+        most = self._limits.most_in_step
+        return (
+            most > 0
+            and any(self._guesses(row.sequence) for row in step.rows if len(row.choices) == 1)
+            and self._may_pay(len(step.rows), most, rate=1.0)
+        )
+
+    def _guesses(self, sequence: Sequence) -> bool:
+        speculation = sequence.speculation or self._start(sequence)
+        return speculation is not None and speculation.most > 0
+
     def _able(self, rows: list[Row], max_model_len: int) -> list[Wish]:
         wishes = []
         for row in rows:

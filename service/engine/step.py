@@ -14,6 +14,8 @@ from service.engine.sequence import Choice, Draw, Sequence
 
 __all__ = ["Draw", "Row", "RowResult", "Step", "StepResult", "agreed", "make_row"]
 
+UNKNOWN = 0  # stands for a token that only the device knows
+
 
 @dataclass(slots=True)
 class Row:
@@ -21,8 +23,11 @@ class Row:
 
     ``num_logits`` counts the last tokens of the row whose logits are wanted. The first
     ``num_targets`` of those predict prompt tokens whose logprob is asked for (``targets``); the
-    last one is sampled once for each of ``choices``, with ``choice.settings``, at position
-    ``len(sequence.tokens)``. ``adapter`` is the slot its adapter lies in, if it has one.
+    last one is sampled once for each of ``choices``, with ``choice.settings``, at position ``end``.
+    ``adapter`` is the slot its adapter lies in, if it has one.
+
+    A row launched ahead of the step before it computes the token that row ``token_from`` of that
+    step draws: nobody but the device knows it yet.
 
     A row of one token and one choice may be given ``proposed`` tokens, at most ``num_ahead``: they
     are computed after its own, and a token is drawn after each of them as well. Prompt lookup's are
@@ -39,6 +44,9 @@ class Row:
     num_ahead: int = 0
     proposed: list[int] = field(default_factory=list)
     gives_up: bool = False  # said by the runner: proposals do this sequence no good
+    token_from: int | None = None
+    is_promise: bool = False  # its sequence goes on from the token it draws
+    is_void: bool = False  # it was fed a token that was not the one drawn: nothing came of it
 
     @property
     def end(self) -> int:
@@ -50,6 +58,8 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
+        if self.token_from is not None:
+            return [UNKNOWN]
         return self.sequence.tokens[self.start : self.start + self.count]
 
     @property
@@ -57,6 +67,30 @@ class Row:
         """Prompt tokens whose logprob the first ``num_targets`` rows of logits give."""
         first = self.start + self.count - self.num_logits + 1
         return self.sequence.tokens[first : first + self.num_targets]
+
+    def depart(self, max_model_len: int) -> None:
+        """It is launched: until it is back, its sequence counts what it computes and draws."""
+        sequence = self.sequence
+        sequence.num_rows += 1
+        sequence.num_launched += self.count
+        if len(self.choices) == 1 and self.choices is sequence.choices and not self.num_ahead:
+            self.is_promise = not sequence.ends_at(self.end + 1, max_model_len)
+            sequence.num_promised += self.is_promise
+
+    def arrive(self) -> None:
+        """It is back, and what it did is about to be counted."""
+        self.sequence.num_rows -= 1
+        if not self.is_void:
+            self._take_back()
+
+    def void(self) -> None:
+        """Its token has to be computed again. It still writes to its page until it is back."""
+        self._take_back()
+        self.is_void = True
+
+    def _take_back(self) -> None:
+        self.sequence.num_launched -= self.count
+        self.sequence.num_promised -= self.is_promise
 
 
 @dataclass(slots=True)
@@ -78,11 +112,7 @@ class Step:
     num_tokens: int = 0
     stores: list[tuple[int, int, int]] = field(default_factory=list)
     loads: list[tuple[int, int, int]] = field(default_factory=list)
-
-    @property
-    def has_proposals(self) -> bool:
-        """Whether its end decides how many tokens a sequence has: the next step has to wait."""
-        return any(row.num_ahead for row in self.rows)
+    began: float = 0.0  # the scheduler's clock
 
     def put_in_order(self) -> None:
         self.rows.sort(key=_place)  # stable: otherwise the order of the line
@@ -94,12 +124,14 @@ class RowResult:
 
     Of a row with proposals ``draws`` are those of its one choice that count (``agreed``); none at
     all where the row came to nothing and is to be done again.
-    ``error`` ends this row's sequence alone; it is what the client may be told.
+    ``error`` ends this row's sequence alone; it is what the client may be told. ``is_late``: the
+    token was settled on the host, so a row launched ahead has computed another one.
     """
 
     draws: list[Draw] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
+    is_late: bool = False
 
 
 @dataclass(slots=True)
@@ -109,6 +141,7 @@ class StepResult:
     rows: list[RowResult]
     draft_passes: list[tuple[int, float]] = field(default_factory=list)  # rows, seconds of each
     has_run: bool = True
+    model_seconds: float = 0.0  # of the step inside the network, on the device's clock
 
     @classmethod
     def failed(cls, step: Step, error: str) -> StepResult:
@@ -131,10 +164,10 @@ def agreed(proposed: list[int], draws: list[Draw]) -> list[Draw]:
 
 def make_row(sequence: Sequence, count: int) -> Row:
     """The next ``count`` tokens of a sequence, and which logits they are computed for."""
-    start = sequence.num_computed
+    start = sequence.num_scheduled
     end = start + count
     row = Row(sequence, start, count)
-    if end == len(sequence.tokens):
+    if end == sequence.length:
         row.choices = sequence.choices_that_draw
         row.num_logits = 1 if row.choices else 0
     if sequence.request.lacks_prompt_logprobs:

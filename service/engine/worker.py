@@ -6,6 +6,8 @@ be loaded, 4 the device is beyond use, 70 the parent died.
 
 ``State.counters`` (all only ever rise) are ``service.engine.counters.Counters`` and
     failed_steps    steps that raised
+    step_seconds    from one step's end to the next one's, idle time left out
+    gap_seconds     of these, outside the network: scheduling, sampling, messages
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from service.engine.adapter_desk import AdapterDesk
 from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
+from service.engine.compile_cache import use_compile_cache
 from service.engine.connections import Connections
+from service.engine.cores import hold
 from service.engine.costs import StepCosts
 from service.engine.host_slots import HostSlots
 from service.engine.lifeline import die_with_parent
@@ -59,6 +63,8 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
     options = read_options()
+    if options.cpus:
+        hold(options.cpus)  # before any thread is started
     configure_logging(options.log_level, options.log_format)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(
@@ -95,7 +101,16 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
     )
     desk = AdapterDesk(scheduler.adapters, loaded.runner)
     desk.open(loaded.adapters)
-    loop = EngineLoop(connections, pulse, scheduler, loaded.runner, rates, loaded.facts, desk)
+    loop = EngineLoop(
+        connections,
+        pulse,
+        scheduler,
+        loaded.runner,
+        rates,
+        loaded.facts,
+        desk,
+        runs_ahead=loaded.runs_ahead,
+    )
     try:
         return loop.run()
     finally:
@@ -139,6 +154,7 @@ def load_and_warm_up(
 ) -> tuple[Loaded, StepRates, tuple[StepCosts, StepCosts]]:
     """Tells of its progress; raises ``LoadFailure`` whatever went wrong."""
     with one_line_failures():
+        use_compile_cache(options.compile_cache)
         from service.engine.loading import load, measure_costs, settle, warm_up  # torch: seconds
 
         rates = StepRates()

@@ -93,7 +93,13 @@ async def test_the_engines_state_is_read_when_scraped(
         block_size=256,
         host_blocks=8,
         used_host_blocks=2,
-        counters={"preemptions": 2, "host_hits": 640, "host_loads": 3},
+        counters={
+            "preemptions": 2,
+            "host_hits": 640,
+            "host_loads": 3,
+            "step_seconds": 8.0,
+            "gap_seconds": 0.5,
+        },
         facts={"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     )
     samples = await scrape(client)
@@ -108,6 +114,8 @@ async def test_the_engines_state_is_read_when_scraped(
     assert value(samples, "pronk:host_cache_stores_total") == 0
     assert value(samples, "pronk:host_cache_evictions_total") == 0
     assert value(samples, "pronk:host_cache_usage_perc") == 0.25
+    assert value(samples, "pronk:engine_step_seconds_total") == 8
+    assert value(samples, "pronk:engine_gap_seconds_total") == 0.5
     engine.state = State(stage="ready", num_blocks=10, free_blocks=10)
     samples = await scrape(client)
     assert value(samples, "vllm:num_requests_running") == 0

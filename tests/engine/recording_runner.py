@@ -9,6 +9,7 @@ everything before, so a wrong page, a missed copy or an early eviction changes t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from service.engine.blocks import BlockPool
 from service.engine.messages import SamplingSettings, Submit, TokenLogprob
@@ -60,7 +61,11 @@ def _logprob(digest: int, target: int) -> TokenLogprob:
 
 
 class RecordingRunner:
-    def __init__(self, pool: BlockPool) -> None:
+    """Runs each step as it is launched. ``is_late`` says whether a draw is settled on the host
+    only: then the device goes on from another token, as a row launched ahead will find.
+    """
+
+    def __init__(self, pool: BlockPool, is_late: Callable[[], bool] = lambda: False) -> None:
         self.pool = pool
         self.memory: dict[int, list[int | None]] = {
             block: [None] * pool.block_size for block in range(pool.num_blocks)
@@ -69,6 +74,8 @@ class RecordingRunner:
         self.host: dict[int, list[int | None]] = {
             slot: [None] * pool.block_size for slot in range(pool.host.num_slots)
         }
+        self._is_late = is_late
+        self._drawn: list[int | None] = []  # on the device, by row of the step before
         self._digests: dict[Sequence, list[int]] = {}
 
     def run(self, step: Step) -> StepResult:
@@ -76,11 +83,18 @@ class RecordingRunner:
         for row in step.rows:
             if row.num_ahead and row.choices[0].settings.speculative_method == "draft":
                 row.proposed = self._draft(row)
+        known = [self._known(row) for row in step.rows]
         self._store(step)
         self._copy(step)
         self._load(step)
-        self._write(step)
-        return StepResult([self._row(row) for row in step.rows])
+        self._write(step, known)
+        results = [self._row(row, own) for row, own in zip(step.rows, known, strict=True)]
+        self._drawn = [self._on_device(result) for result in results]
+        return StepResult(results)
+
+    def _on_device(self, result: RowResult) -> int | None:
+        token = result.draws[0].token if result.draws else None
+        return token if token is None or not result.is_late else (token + 1) % VOCABULARY
 
     def _draft(self, row: Row) -> list[int]:
         """Often right, sometimes short: what will be drawn, but every fifth guess is off by one."""
@@ -124,34 +138,35 @@ class RecordingRunner:
             assert self.memory[source][:tokens] == before[source][:tokens], "overwritten before"
             self.memory[target][:tokens] = self.memory[source][:tokens]
 
-    def _write(self, step: Step) -> None:
+    def _write(self, step: Step, known: list[list[int]]) -> None:
         places: Counter[tuple[int, int]] = Counter()
-        for row in step.rows:
-            table, known = row.sequence.block_table, self._known_with_proposals(row)
-            assert row.start == row.sequence.num_computed
+        for row, own in zip(step.rows, known, strict=True):
+            table = row.sequence.block_table
+            assert row.end == row.sequence.num_scheduled
             assert len(row.proposed) <= row.num_ahead
+            assert not (row.num_ahead and row.token_from is not None), "guessed after a guess"
             for position in range(row.start, row.end + len(row.proposed)):
                 page, offset = divmod(position, self.pool.block_size)
                 block = table[page]
                 assert block != 0
                 assert self.pool.holders(block) == 1, "written while shared"
-                self.memory[block][offset] = known[position]
+                self.memory[block][offset] = own[position]
                 places[block, offset] += 1
         assert all(times == 1 for times in places.values()), "two rows write one slot"
 
-    def _row(self, row: Row) -> RowResult:
-        sequence, known = row.sequence, self._known_with_proposals(row)
+    def _row(self, row: Row, known: list[int]) -> RowResult:
         for position in range(row.end + len(row.proposed)):
             page, offset = divmod(position, self.pool.block_size)
-            found = self.memory[sequence.block_table[page]][offset]
+            found = self.memory[row.sequence.block_table[page]][offset]
             assert found == known[position], f"position {position} reads another's key"
         assert row.num_logits >= row.num_targets + row.samples
         first = row.end - row.num_logits
         if row.proposed:
             return self._speculative(row, known)
         return RowResult(
-            [self._draw(row, choice.settings) for choice in row.choices],
+            [self._draw(row, known, choice.settings) for choice in row.choices],
             [_logprob(known[first + i], target) for i, target in enumerate(row.targets)],
+            is_late=row.samples and self._is_late(),
         )
 
     def _speculative(self, row: Row, known: list[int]) -> RowResult:
@@ -172,20 +187,24 @@ class RecordingRunner:
         self.num_accepted += len(kept) - 1
         return RowResult(kept)
 
-    def _draw(self, row: Row, settings: SamplingSettings) -> Draw:
-        sequence = row.sequence
-        assert row.end == len(sequence.tokens)
-        last = self._known(sequence)[-1]
-        token = draw_token(settings, last, sequence.num_output, len(sequence.tokens))
+    def _draw(self, row: Row, known: list[int], settings: SamplingSettings) -> Draw:
+        assert row.end == len(known)
+        token = draw_token(settings, known[-1], row.end - row.sequence.num_prompt, row.end)
         return Draw(token, TokenLogprob(-1.0, 1, [], []) if settings.logprobs is not None else None)
 
-    def _known_with_proposals(self, row: Row) -> list[int]:
-        known = self._known(row.sequence)
-        if not row.proposed:
+    def _known(self, row: Row) -> list[int]:
+        """Of its sequence's tokens, of those proposed, and of the one only the device knows."""
+        if row.proposed:
+            return digests(row.sequence.request.submit, row.sequence.tokens + row.proposed)
+        known = self._of_tokens(row.sequence)
+        if row.token_from is None:
             return known
-        return digests(row.sequence.request.submit, row.sequence.tokens + row.proposed)
+        fed = self._drawn[row.token_from]
+        assert fed is not None, "fed by a row that drew nothing"
+        assert row.start == len(known)
+        return [*known, hash((known[-1], fed))]
 
-    def _known(self, sequence: Sequence) -> list[int]:
+    def _of_tokens(self, sequence: Sequence) -> list[int]:
         """Remembered from step to step: tokens are only ever added."""
         known = self._digests.get(sequence, [])
         if len(known) != len(sequence.tokens):

@@ -5,7 +5,8 @@ Every method leaves the books right (``check``), and ``end`` lets everybody have
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.adapters import AdapterTable
@@ -83,6 +84,8 @@ class Answer:
 
 
 class Storm:
+    """With ``ahead`` every step is launched before the one before it is collected."""
+
     def __init__(
         self,
         pool: BlockPool,
@@ -91,6 +94,8 @@ class Storm:
         max_queued_requests: int = 12,
         max_queued_tokens: int = 300,
         speculation: SpeculationLimits = NO_SPECULATION,
+        ahead: bool = False,
+        is_late: Callable[[], bool] = lambda: False,
         adapters: AdapterTable | None = None,
     ) -> None:
         self.now = 0.0
@@ -109,11 +114,15 @@ class Storm:
             speculation=speculation,
             adapters=adapters,
         )
-        self.runner = RecordingRunner(self.pool)
+        self.runner = RecordingRunner(self.pool, is_late)
         self.answers: dict[tuple[int, int], Answer] = {}
-        self.flight: tuple[Step, StepResult] | None = None
+        self.flights: deque[tuple[Step, StepResult]] = deque()  # the eldest first
+        self.depth = 2 if ahead else 1
         self.raises = False
         self.num_copies = self.num_stores = self.num_loads = 0
+        self._is_broken = False  # a step could not be launched: all land before the next is made
+        self._waits = False  # for the step under way, or nobody is here
+        self.num_ahead = 0  # steps launched while another was under way
 
     # ---- what clients do
 
@@ -149,19 +158,24 @@ class Storm:
 
     # ---- what the engine does
 
+    @property
+    def flight(self) -> tuple[Step, StepResult] | None:
+        """The one launched last."""
+        return self.flights[-1] if self.flights else None
+
     def launch(self) -> None:
         """What happens before ``collect`` happens while the step is on the device."""
-        if self.flight is None:
-            self.flight = self._launch()
+        if len(self.flights) < self.depth and not self._is_broken:
+            self._launch()
 
     def collect(self, failing: int | None = None) -> None:
-        if self.flight is not None:
-            step, result = self.flight
-            self.flight = None
+        if self.flights:
+            step, result = self.flights.popleft()
             if failing is not None:
                 result.rows[failing % len(result.rows)] = RowResult(error="not finite")
             self.now += 0.01
             self._deliver(self.scheduler.update(step, result))
+            self._is_broken = self._is_broken and bool(self.flights)
 
     def launch_in_vain(self) -> None:
         """The next step's launch raises: nothing of it was done."""
@@ -171,20 +185,32 @@ class Storm:
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
+            self.turn()
+
+    def turn(self) -> None:
+        """As the engine's loop: the next step is launched, then the one before it is waited for."""
+        if self.depth == 1:
             self.collect()
-            self.launch()
+        self.launch()
+        if self.depth == 2 and (len(self.flights) == 2 or self._waits):
+            self.collect()
+        while self._is_broken:
+            self.collect()
 
     def let_time_pass(self, seconds: float) -> None:
         self.now += seconds
         self._deliver(self.scheduler.expire())
 
-    def _launch(self) -> tuple[Step, StepResult] | None:
+    def _launch(self) -> None:
         line = self.scheduler._lineup
         running = list(line.running)
+        due = {sequence: sequence.num_due for sequence in running}
         step = self.scheduler.schedule()
+        self._waits = step is None
         if step is None:
-            assert not self.scheduler.has_work
-            return None
+            assert self.flights or not self.scheduler.has_work
+            return
+        self.num_ahead += len(self.flights)
         counts = [row.count for row in step.rows]
         rows = {row.sequence for row in step.rows}
         num_ahead = sum(row.num_ahead for row in step.rows)
@@ -192,19 +218,22 @@ class Storm:
         assert num_ahead <= self.speculation.most_in_step
         assert len(rows) == len(counts) <= self.max_num_seqs
         assert sorted(counts, key=lambda count: count > 1) == counts, "single tokens come first"
-        assert line.running[0] in rows, "the first in line stands still"
+        first = line.running[0]
+        assert first in rows or not due.get(first, 1), "the first in line stands still"
         for sequence in running:
             is_left_out = sequence in line.running and sequence not in rows
-            assert not (is_left_out and sequence.num_due == 1), "a decode is left out"
-        chunks = [sequence for sequence in line.running if sequence.num_due > 1]
+            assert not (is_left_out and due[sequence] == 1), "a decode is left out"
+        chunks = [sequence for sequence in line.running if due.get(sequence, 2) > 1]
         assert not chunks or rows.intersection(chunks), "prompts stand still"
         self.num_copies += len(step.copies)
         self.num_stores += len(step.stores)
         self.num_loads += len(step.loads)
         if self.raises:
             self.raises = False
-            return step, StepResult.failed(step, "raised before it began")
-        return step, self.runner.run(step)
+            self._is_broken = True
+            self.flights.append((step, StepResult.failed(step, "raised before it began")))
+            return
+        self.flights.append((step, self.runner.run(step)))
 
     def _deliver(self, deliveries: Deliveries) -> None:
         for client, outputs in deliveries.items():
@@ -219,9 +248,10 @@ class Storm:
         self._check_gauges()
 
     def _check_blocks(self) -> None:
-        held = Counter(
-            block for sequence in self.scheduler._lineup.running for block in sequence.block_table
-        )
+        under_way = {row.sequence for step, _ in self.flights for row in step.rows}
+        ended = {sequence for sequence in under_way if sequence.status is Status.FINISHED}
+        holders = [*self.scheduler._lineup.running, *ended]
+        held = Counter(block for sequence in holders for block in sequence.block_table)
         assert all(self.pool.holders(b) == held[b] for b in range(self.pool.num_blocks))
         assert self.pool.num_free == self.pool.num_usable - len(held)
 
@@ -242,9 +272,8 @@ class Storm:
     def end(self) -> None:
         """Everybody left gets an answer, and then every block is free."""
         for _ in range(STEPS_AT_MOST):
-            self.collect()
-            self.launch()
-            if self.flight is None:
+            self.turn()
+            if not self.flights and not self.scheduler.has_work:
                 break
         assert not self.scheduler.has_work
         assert self.scheduler.schedule() is None

@@ -87,18 +87,28 @@ async def serving(folder: Path, **limits: object) -> AsyncIterator[EngineClient]
         await client.stop()
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["in_turn", "ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether a step is launched before the one before it is collected: nobody can tell."""
+    return bool(request.param)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(temporary_folder: Path, network: LlamaForCausalLM) -> AsyncIterator[EngineClient]:
-    async with serving(temporary_folder) as client:
+async def engine(
+    temporary_folder: Path, network: LlamaForCausalLM, ahead: bool
+) -> AsyncIterator[EngineClient]:
+    async with serving(temporary_folder, async_scheduling=ahead) as client:
         yield client
     assert not sockets(temporary_folder)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cramped(temporary_folder: Path, network: LlamaForCausalLM) -> AsyncIterator[EngineClient]:
+async def cramped(
+    temporary_folder: Path, network: LlamaForCausalLM, ahead: bool
+) -> AsyncIterator[EngineClient]:
     """Room for two or three of the longest sequences: the others are preempted."""
     bounds = {"num_kv_blocks": 13, "max_num_seqs": 8, "max_queued_requests": 4}
-    async with serving(temporary_folder, **bounds) as client:
+    async with serving(temporary_folder, **bounds, async_scheduling=ahead) as client:
         yield client
 
 
@@ -326,7 +336,8 @@ async def test_a_storm_leaves_nothing_behind(engine: EngineClient) -> None:
 async def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(
     temporary_folder: Path, network: LlamaForCausalLM
 ) -> None:
-    async with serving(temporary_folder) as engine:
+    cpu = min(os.sched_getaffinity(0))
+    async with serving(temporary_folder, cpus=(cpu,)) as engine:
         prompt = prompt_of(30, seed=9)
         waiting = [asyncio.create_task(ask(engine, prompt, greedy(450))) for _ in range(4)]
         await until(lambda: engine.state.running == 4)
@@ -339,6 +350,7 @@ async def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(
         await engine.wait_ready()
         assert (await ask(engine, prompt, greedy()))[0].tokens == generated(network, prompt, 24)
         assert engine.num_restarts == 1
+        assert os.sched_getaffinity(engine.pid) == {cpu}, "held to its cores, also when replaced"
         await engine.drain()
         with pytest.raises(Unavailable) as refusal:
             await ask(engine, prompt, greedy())

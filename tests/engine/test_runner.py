@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +12,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from model import sampler as sampler_module
 from model.host_cache import HostCache
 from service.engine import runner as runner_module
 from service.engine.blocks import BlockPool
+from service.engine.counters import Counters
 from service.engine.host_slots import HostSlots
 from service.engine.loading import Loaded, choose_device, load, warm_up
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.options import EngineOptions
+from service.engine.runner import Launched
 from service.engine.scheduler import Scheduler
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
@@ -66,17 +71,30 @@ def loaded(folder: Path, network: LlamaForCausalLM) -> Loaded:
 
 
 def answer(
-    loaded: Loaded, *submits: Submit, scheduler: Scheduler | None = None
+    loaded: Loaded,
+    *submits: Submit,
+    scheduler: Scheduler | None = None,
+    ahead: bool = False,
+    counters: list[Counters] | None = None,
 ) -> dict[tuple[int, int], list[Output]]:
     """Every output by (request, choice); by default with a scheduler and a pool of its own."""
     scheduler = scheduler or scheduler_of(loaded)
     answers: dict[tuple[int, int], list[Output]] = {}
     for submit in submits:
         scheduler.add(submit)
-    while (step := scheduler.schedule()) is not None:
-        for outputs in scheduler.update(step, loaded.runner.run(step)).values():
-            for output in outputs:
+    before: Launched | None = None
+    while before is not None or scheduler.has_work:
+        step = scheduler.schedule()
+        launched = None if step is None else loaded.runner.launch(step, before)
+        if not ahead:
+            before, launched = launched, None
+        if before is not None:
+            deliveries = scheduler.update(before.step, loaded.runner.collect(before))
+            for output in itertools.chain.from_iterable(deliveries.values()):
                 answers.setdefault((output.id, output.choice), []).append(output)
+        before = launched
+    if counters is not None:
+        counters.append(scheduler.counters)
     return answers
 
 
@@ -151,6 +169,60 @@ def test_a_bad_word_is_barred_only_where_it_would_be_completed(loaded: Loaded) -
     assert barred[3] != plain[3]
     other = tokens(answer(loaded, Submit(1, PROMPT, [greedy(bad_words=(start,))]))[1, 0])
     assert other[:4] == plain[:4]
+
+
+def mixed_crowd() -> list[Submit]:
+    """Every kind of row beside every other, some of which have to wait for their own last token."""
+    own = [
+        greedy(max_tokens=20, logprobs=2),
+        SamplingSettings(seed=1, max_tokens=25),
+        SamplingSettings(seed=2, top_p=0.9, max_tokens=18, min_tokens=6, stop_token_ids=(5, 6, 7)),
+        SamplingSettings(seed=3, top_k=5, max_tokens=9, logit_bias={11: 2.0}),
+        greedy(max_tokens=12, repetition_penalty=1.3),
+    ]
+    settings = [[one] for one in own] + [[SamplingSettings(seed=9, choice=i) for i in range(3)]]
+    return [Submit(i, PROMPT[i : 60 + i], each) for i, each in enumerate(settings)]
+
+
+def test_running_ahead_changes_no_token(loaded: Loaded) -> None:
+    in_turn, ahead = answer(loaded, *mixed_crowd()), answer(loaded, *mixed_crowd(), ahead=True)
+    assert in_turn.keys() == ahead.keys()
+    for key, outputs in in_turn.items():
+        assert tokens(ahead[key]) == tokens(outputs), key
+        assert ahead[key][-1].finish_reason == outputs[-1].finish_reason
+        ranks = [
+            [logprob.rank for o in own for logprob in o.logprobs or []]
+            for own in (outputs, ahead[key])
+        ]
+        assert ranks[0] == ranks[1]
+
+
+def test_a_draw_that_a_few_candidates_cannot_settle_is_exact_ahead_too(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device goes on from what the candidates gave: that row must not count."""
+    flat = [SamplingSettings(seed=i, top_p=0.97, temperature=2.0, max_tokens=24) for i in range(3)]
+    submits = [Submit(i, PROMPT[i:], [one]) for i, one in enumerate([*flat, greedy()])]
+    expected = answer(loaded, *submits)
+    monkeypatch.setattr(sampler_module, "_MANY", 8)
+    counters: list[Counters] = []
+    found = answer(loaded, *submits, ahead=True, counters=counters)
+    assert {key: tokens(own) for key, own in found.items()} == {
+        key: tokens(own) for key, own in expected.items()
+    }
+    assert counters[0].discarded_tokens > 10, "hardly a draw was late: the test shows nothing"
+
+
+def test_a_step_knows_how_long_it_was_in_the_network(loaded: Loaded) -> None:
+    scheduler = Scheduler(
+        BlockPool(NUM_BLOCKS, BLOCK), max_num_seqs=4, max_num_batched_tokens=CHUNK, max_model_len=99
+    )
+    scheduler.add(Submit(1, PROMPT, [greedy()]))
+    step = scheduler.schedule()
+    assert step is not None
+    began = time.perf_counter()
+    result = loaded.runner.run(step)
+    assert 0 < result.model_seconds < time.perf_counter() - began
 
 
 def test_a_warm_up_leaves_nothing_behind(loaded: Loaded) -> None:

@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from service.engine.blocks import BlockPool
 from service.engine.host_slots import HostSlots
 from service.engine.messages import SamplingSettings, Submit
+from service.engine.scheduler import NO_SPECULATION
 from service.engine.speculation import SpeculationLimits
 from tests.engine.recording_runner import END, VOCABULARY
 from tests.engine.storm import Storm
@@ -47,6 +48,7 @@ samplings = st.builds(
     eos_token_ids=st.sampled_from([(), (END,)]),
     stop_token_ids=st.sampled_from([(), (4, 5)]),
     logprobs=st.sampled_from([None, 0]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.5]),  # such rows wait for the step before
     speculative_method=st.sampled_from(["none", "ngram", "draft"]),
     num_speculative_tokens=st.integers(0, 12),
 )
@@ -70,6 +72,8 @@ class StormMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         speculation=speculations,
         slots=st.integers(0, 12),
+        ahead=st.booleans(),
+        dice=st.randoms(use_true_random=False),
     )
     def start(
         self,
@@ -79,10 +83,19 @@ class StormMachine(RuleBasedStateMachine):
         caching: bool,
         speculation: SpeculationLimits,
         slots: int,
+        ahead: bool,
+        dice: random.Random,
     ) -> None:
         host = HostSlots(slots)
         pool = BlockPool(num_blocks, PAGE, GRAIN, enable_prefix_caching=caching, host=host)
-        self.storm = Storm(pool, max_num_seqs, budget, speculation=speculation)
+        self.storm = Storm(
+            pool,
+            max_num_seqs,
+            budget,
+            speculation=speculation,
+            ahead=ahead,
+            is_late=lambda: dice.random() < 0.1,
+        )
         self.numbers = 0
 
     @rule(
@@ -148,14 +161,25 @@ StormMachine.TestCase.settings = settings(
 test_any_order_of_events_keeps_the_books_and_the_texts = StormMachine.TestCase
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> None:
+def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead: bool) -> None:
     dice = random.Random(seed)
     host = HostSlots(dice.choice([0, 1, 3, 8, 40]))
     pool = BlockPool(
         dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0, host=host
     )
-    storm = Storm(pool, dice.randint(1, 8), dice.randint(1, 60), 60, 2000, SPECULATION)
+    late = random.Random(seed)
+    storm = Storm(
+        pool,
+        dice.randint(1, 8),
+        dice.randint(1, 60),
+        60,
+        2000,
+        SPECULATION if seed % 2 else NO_SPECULATION,
+        ahead=ahead,
+        is_late=lambda: late.random() < 0.1,
+    )
     for number in range(60):
         while dice.random() < 0.5:
             storm.submit(
@@ -173,6 +197,7 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int) -> Non
             storm.let_time_pass(dice.choice([0.5, 3.0]))
         storm.check()
     storm.end()
+    assert bool(storm.num_ahead) is ahead
 
 
 def random_submit(dice: random.Random, number: int) -> Submit:
@@ -183,6 +208,7 @@ def random_submit(dice: random.Random, number: int) -> Submit:
         min_tokens=dice.choice([0, 0, 3]),
         seed=dice.randint(0, 1),
         eos_token_ids=dice.choice([(), (END,)]),
+        presence_penalty=dice.choice([0.0] * 9 + [0.5]),
         speculative_method=dice.choice(["none", "ngram", "draft"]),
         num_speculative_tokens=dice.randint(1, 10),
     )

@@ -43,10 +43,19 @@ from service.engine.step import Draw, RowResult, Step, StepResult
 ROOT = Path(__file__).resolve().parents[2]
 POISON, FATAL, SLOW = 90, 91, 92  # prompts that begin so make a step fail, or take its time
 NUM_BLOCKS = 65
+MODEL_SECONDS = 0.015
+RUNS_AHEAD = False
 
 
 class Fatal(Exception):
     pass
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in_turn", "ahead"])
+def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every promise of the loop holds both ways."""
+    monkeypatch.setattr(sys.modules[__name__], "RUNS_AHEAD", request.param)
+    return bool(request.param)
 
 
 @dataclass
@@ -55,8 +64,11 @@ class CountingRunner:
 
     delay: float = 0.0
     steps: list[int] = field(default_factory=list)
+    num_ahead: int = 0  # launched while another was under way
 
-    def launch(self, step: Step) -> Step:
+    def launch(self, step: Step, before: Step | None) -> Step:
+        assert before is not None or all(row.token_from is None for row in step.rows)
+        self.num_ahead += before is not None
         self.steps.append(step.num_tokens)
         time.sleep(self.delay)
         first = {row.sequence.tokens[0] for row in step.rows}
@@ -73,7 +85,7 @@ class CountingRunner:
             RowResult([Draw(len(row.sequence.tokens)) for _ in row.choices])
             for row in launched.rows
         ]
-        return StepResult(rows)
+        return StepResult(rows, model_seconds=MODEL_SECONDS)
 
     def is_fatal(self, error: Exception) -> bool:
         return isinstance(error, Fatal)
@@ -152,7 +164,15 @@ def serving(folder: Path, delay: float = 0.0, **bounds: int) -> Iterator[Served]
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, **bounds}
     scheduler = Scheduler(BlockPool(NUM_BLOCKS, 32), **sizes)  # type: ignore[arg-type]
     runner, codes = CountingRunner(delay), []
-    loop = EngineLoop(connections, pulse, scheduler, runner, StepRates(), {"device": "none"})
+    loop = EngineLoop(
+        connections,
+        pulse,
+        scheduler,
+        runner,
+        StepRates(),
+        {"device": "none"},
+        runs_ahead=RUNS_AHEAD,
+    )
     thread = threading.Thread(target=lambda: codes.append(loop.run()))
     thread.start()
     served = Served(path, thread, codes, runner)
@@ -214,6 +234,31 @@ def test_the_answer_comes_before_any_token_and_every_step_is_one_message(tmp_pat
         assert first.num_scheduled_tokens == 10
         second = caller.hear_outputs()
         assert [output.tokens for output in second.outputs] == [[6], [6], [6]]
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected_or_never(
+    tmp_path: Path, runs_ahead: bool
+) -> None:
+    with serving(tmp_path) as engine:
+        caller = engine.call()
+        caller.say(ask(1, max_tokens=20))
+        caller.hear_end(1)
+        assert engine.runner.steps == [5] + [1] * 19
+        assert engine.runner.num_ahead == (19 if runs_ahead else 0)
+
+
+def test_time_outside_the_network_is_counted_and_idle_time_is_not(tmp_path: Path) -> None:
+    with serving(tmp_path, delay=0.02) as engine:
+        caller = engine.call()
+        for number in range(2):
+            time.sleep(0.3)
+            caller.say(ask(number, max_tokens=10))
+            caller.hear_end(number)
+        counters = caller.hear_state(running=0, waiting=0).counters
+    assert 20 * 0.02 < counters["step_seconds"] < 20 * 0.02 + 0.3
+    model_seconds = counters["step_seconds"] - counters["gap_seconds"]
+    # Ahead, a runner that computes in ``launch`` is in its next step before the last one is back.
+    assert -0.001 < 20 * MODEL_SECONDS - model_seconds < 2 * MODEL_SECONDS
 
 
 def test_what_can_never_run_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,19 @@ def test_wanted_logits_are_those_of_each_rows_last_tokens() -> None:
     assert build(ROWS).logit_rows.tolist() == [0, 1, 7, 8]
 
 
+def test_a_token_only_the_device_knows_is_put_in_from_those_drawn() -> None:
+    drawn = torch.tensor([70, 80, 90])
+    rows = [
+        BatchRow([0], 9, [5, 2, 8], 1, drawn_at=2),
+        BatchRow([12], 0, [3], 1),
+        BatchRow([0], 4, [1, 6], 1, drawn_at=0),
+        BatchRow([30, 31], 0, [7], 2),
+    ]
+    builder = BatchBuilder(16, 8, 4, 4)
+    assert builder.build(rows, drawn).token_ids.tolist() == [90, 12, 70, 30, 31]
+    assert builder.build(rows).token_ids.tolist() == [0, 12, 0, 30, 31]
+
+
 def test_pages_past_the_context_are_left_out() -> None:
     assert build([BatchRow([1], 3, [5, 6, 7], 1)]).tables == [[5]]
 

@@ -395,6 +395,23 @@ def test_a_row_with_nothing_left_to_draw_fails_alone(row: SamplingRow) -> None:
     assert drawn[1].error is None
 
 
+def test_tokens_can_be_read_on_the_device_before_they_are_collected() -> None:
+    logits = logits_of(4)
+    logits[3] = math.nan
+    settings = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}]
+    rows = [SamplingRow(i % 4, seed=i, **own) for i, own in enumerate(settings)]
+    rows.append(SamplingRow(3, top_p=0.9))
+    drawn = Sampler(VOCAB).launch(logits, rows)
+    early = drawn.tokens[torch.tensor(drawn.places)].tolist()
+    collected = drawn.collect()
+    assert not any(draw.is_late for draw in collected)
+    assert [t for t, d in zip(early, collected, strict=True) if d.error is None] == [
+        draw.token for draw in collected if draw.error is None
+    ]
+    assert collected[3].error is not None
+    assert all(0 <= token < VOCAB for token in early), "no id the embedding does not have"
+
+
 def test_no_rows_draw_nothing() -> None:
     assert draw(logits_of(1), []) == []
 

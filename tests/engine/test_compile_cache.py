@@ -1,0 +1,45 @@
+"""Compiled kernels are kept in one stable folder, or the operator hears that they are not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.engine.compile_cache import FOLDERS, default_folder, use_compile_cache
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in FOLDERS:
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_default_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert use_compile_cache(None) == tmp_path / "cache" / "pronk" / "compile"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert default_folder() == Path("/home/somebody/.cache/pronk/compile")
+
+
+def test_a_folder_can_be_told_and_the_operators_variables_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    assert use_compile_cache(str(tmp_path / "own")) == tmp_path / "own"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/somewhere"
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert use_compile_cache(str(file / "below")) is None
+    assert "not kept" in caplog.text
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
