@@ -198,6 +198,8 @@ class Scheduler:
     def _can_run_ahead(self, before: Step) -> bool:
         return (
             all(map(may_run_ahead, before.rows))
+            # Should it fail, what it was to bring into host memory or a slot is not there.
+            and not (before.stores or before.fills)
             and not self._speculator.may_guess_after(before)
             and self._lineup.can_spare_pages
         )
