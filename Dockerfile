@@ -35,6 +35,8 @@ LABEL org.opencontainers.image.title="pronk" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
 COPY --from=build /opt/pronk /opt/pronk
+# kept between starts where a volume is mounted here; can be filled at build on a machine with a GPU
+RUN install -d -o 10001 -g 10001 /opt/pronk/compiled
 ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

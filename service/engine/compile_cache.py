@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 logger = logging.getLogger("pronk.engine")
@@ -14,7 +15,10 @@ FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 def default_folder() -> Path:
     """Of the user, by the XDG rules: a temporary folder would be empty after a restart."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:  # a container's user without a home
+        root = Path(tempfile.gettempdir())
     return root / "pronk" / "compile"
 
 
@@ -27,10 +31,10 @@ def use_compile_cache(folder: str | None) -> Path | None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logger.warning("compiled kernels are not kept: %s", error)
+        logger.info("compiled kernels are not kept: %s", error)
         return None
     if not os.access(root, os.W_OK):
-        logger.warning("compiled kernels are not kept: %s cannot be written", root)
+        logger.info("compiled kernels are not kept: %s cannot be written", root)
         return None
     for variable, name in FOLDERS.items():
         os.environ.setdefault(variable, str(root / name))

@@ -226,10 +226,12 @@ class ModelRunner:
             last: dict[int, Tensor] = {}
             logits = self.model.forward(batch, self.cache, taps=lambda _, x: last.update({0: x}))
             return logits, last[0]
-        forward = self._graphs.forward if self._graphs is not None else self._eager
-        return forward(batch), None
+        return self.forward(batch), None
 
-    def _eager(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of the rows that ask for them, by graph where one was captured."""
+        if self._graphs is not None:
+            return self._graphs.forward(batch)
         return self.model.forward(batch, self.cache)
 
     def _sampling_rows(self, rows: list[Row]) -> list[SamplingRow]:

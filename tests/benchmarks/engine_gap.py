@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from model.kv_cache import KVCache
+from model.random_checkpoint import SHAPES
 from service.engine.blocks import BlockPool
 from service.engine.capacity import Limits
 from service.engine.connections import Connections
@@ -34,7 +35,6 @@ from service.engine.rates import StepRates
 from service.engine.runner import ModelRunner
 from service.engine.scheduler import Scheduler
 from tests.benchmarks.decode_step import config_of, random_model
-from tests.benchmarks.random_checkpoint import SHAPES
 
 BLOCK_SIZE, PROMPT, BUDGET = 256, 64, 512
 
@@ -76,7 +76,8 @@ def client(path: str, rows: int, tokens: int, name: str) -> None:
 
 def run(
     options: argparse.Namespace, sampling: str, runner: ModelRunner, limits: Limits, blocks: int
-) -> None:
+) -> float:
+    """The share of the steps that was spent outside the network."""
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE),
         max_num_seqs=limits.max_num_seqs,
@@ -114,6 +115,7 @@ def run(
     )
     if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
+    return gap / step
 
 
 def main() -> None:
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--no-kernels", action="store_true", help="PyTorch alone")
     parser.add_argument("--ahead", action="store_true", help="as --async-scheduling")
     parser.add_argument("--profile", action="store_true")
+    parser.set_defaults(kv_cache_dtype="auto", quantization="none")
     options = parser.parse_args()
     if BRIEF_SPIN[0] not in os.environ:  # read as OpenMP is loaded: as the engine has it
         arguments = [sys.executable, "-m", "tests.benchmarks.engine_gap", *sys.argv[1:]]
@@ -136,7 +139,7 @@ def main() -> None:
     pages = -(-(PROMPT + options.tokens) // BLOCK_SIZE)
     blocks = 1 + options.rows * (pages + 1)
     limits = Limits(options.rows, BUDGET, pages * BLOCK_SIZE, BLOCK_SIZE)
-    cache = KVCache(model.config, blocks, BLOCK_SIZE, model.dtype, model.device)
+    cache = KVCache(model.config, blocks, BLOCK_SIZE, model.cache_dtype, model.device)
     runner = ModelRunner(model, cache, limits)
     print(f"{options.shape}, {options.rows} rows, {torch.get_num_threads()} threads, {model.path}")
     for name in options.sampling:

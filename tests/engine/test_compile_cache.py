@@ -35,11 +35,21 @@ def test_a_folder_can_be_told_and_the_operators_variables_stay(
     assert os.environ["TRITON_CACHE_DIR"] == "/somewhere"
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(
+def test_a_folder_that_cannot_be_written_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pronk.engine")
     file = tmp_path / "file"
     file.touch()
     assert use_compile_cache(str(file / "below")) is None
     assert "not kept" in caplog.text
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_user_without_a_home_has_a_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_folder().parts[-2:] == ("pronk", "compile")
