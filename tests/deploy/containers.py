@@ -78,7 +78,8 @@ def _mirror() -> str:
     """The Debian mirror this machine itself uses."""
     sources = [*Path("/etc/apt").glob("sources.list"), *Path("/etc/apt/sources.list.d").iterdir()]
     for source in sources:
-        text = source.read_text(errors="replace")
+        lines = source.read_text(errors="replace").splitlines()
+        text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
         if found := re.search(r"https?://\S+/debian(?=[\s/])", text):
             return found.group()
     raise AssertionError("no Debian mirror in apt's sources")
