@@ -79,6 +79,7 @@ class Engine(Protocol):
         request_id: str = "",
         adapter: str = "",
         adapter_version: int = 0,
+        grammar: str = "",
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import defaultdict
 
 from fastapi import APIRouter
 from msgspec import UNSET, Struct, UnsetType
@@ -11,12 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
-from service.api.jobs import check, make_job, make_sampling, respond, truncation
+from service.api.conversation import Chat, prepare
+from service.api.jobs import respond
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
-from service.api.prompts import encode_chat, truncate
+from service.api.reading import AnswerReader, CallDelta, Delta
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.chat import (
+    AnsweredCall,
+    AnsweredFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -25,12 +29,12 @@ from service.api.schemas.chat import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    FinishReason,
+    FunctionChunk,
+    ToolCallChunk,
 )
-from service.api.server import Server, server_of
-from service.api.submission import Job, Prompt
+from service.api.server import server_of
 from service.api.text import Event
-from service.errors import InvalidRequest
-from service.registry import ServedModel
 
 router = APIRouter()
 
@@ -41,67 +45,17 @@ async def create_chat_completion(request: Request) -> Response:
     server = server_of(request)
     exchange = server.receive(request)
     fields = await read_body(request, ChatRequest)
-    budget, max_tokens = read_max_tokens(fields)
-    logprobs = read_logprobs(fields)
-    model, engine, headers = check(fields, server)
-    sampling = make_sampling(
-        fields,
-        server,
-        model,
-        logprobs=logprobs,
-        max_tokens=max_tokens,
-        default_max_tokens=None,
-        prompt_param="messages",
-        budget_param=budget,
-    )
-    ids = await read_conversation(fields, server, model)
-    kept = truncate(ids, truncation(fields, sampling), fields.truncation_side)
-    prompt = Prompt(kept, sampling.for_prompt(len(kept)), _echo(fields))
-    job = make_job(fields, server, exchange, model, engine, [prompt])
-    return respond(fields, server, exchange, job, ChatShape(fields, job), headers)
-
-
-def read_max_tokens(fields: ChatRequest) -> tuple[str, int | None]:
-    """The field that counts and its value: the newer name wins over ``max_tokens``."""
-    name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
-    value: int | None = getattr(fields, name)
-    if value == 0:
-        raise InvalidRequest(f"{name}: must be at least 1", param=name)
-    return name, value
-
-
-def read_logprobs(fields: ChatRequest) -> int | None:
-    """How many alternatives each token gets; None is no logprobs at all."""
-    if fields.logprobs:
-        return fields.top_logprobs or 0
-    if fields.top_logprobs:
-        raise InvalidRequest("top_logprobs: needs logprobs: true", param="top_logprobs")
-    return None
-
-
-async def read_conversation(fields: ChatRequest, server: Server, model: ServedModel) -> list[int]:
-    effort = fields.reasoning_effort
-    return await encode_chat(
-        fields.messages,
-        fields,
-        model,
-        allow_template=server.settings.allow_request_chat_template,
-        add_special_tokens=bool(fields.add_special_tokens),
-        extra={} if effort is None else {"reasoning_effort": effort},
-    )
-
-
-def _echo(fields: ChatRequest) -> str:
-    """As vLLM: an answer that continues the assistant's own last message may repeat it first."""
-    last = fields.messages[-1]
-    return (last.text() or "") if fields.echo and last.role == "assistant" else ""
+    chat = await prepare(fields, server, exchange)
+    shape = ChatShape(fields, chat)
+    return respond(fields, server, exchange, chat.job, shape, chat.headers)
 
 
 class ChatShape:
     """Events as ``chat.completion`` objects and their chunks."""
 
-    def __init__(self, fields: ChatRequest, job: Job) -> None:
-        self._job = job
+    def __init__(self, fields: ChatRequest, chat: Chat) -> None:
+        self._job = job = chat.job
+        self._readers: dict[int, AnswerReader] = defaultdict(chat.reader)
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name
@@ -123,18 +77,28 @@ class ChatShape:
             if self._has_ids:
                 opening.prompt_token_ids = self._job.prompts[0].ids
             chunks.append(opening)
-        text, logprobs = event.text, self._read_logprobs(event)
-        if text or logprobs or self._has_ids or event.finish_reason is not None:
+        delta, logprobs = self._read(event), self._read_logprobs(event)
+        if delta or logprobs or self._has_ids or event.finish_reason is not None:
             choice = ChatChunkChoice(
                 event.index,
-                ChatDelta(content=text) if text else ChatDelta(),
+                _chat_delta(delta),
                 logprobs,
-                event.finish_reason,  # type: ignore[arg-type]
+                self._finish_reason(event),
                 event.stop_reason,
                 event.tokens if self._has_ids else UNSET,
             )
             chunks.append(self._chunk([choice], usage))
         return chunks
+
+    def _read(self, event: Event) -> Delta:
+        reader = self._readers[event.index]
+        delta = reader.push(event.text) if event.pieces else Delta()
+        return delta if event.finish_reason is None else delta + reader.flush()
+
+    def _finish_reason(self, event: Event) -> FinishReason | None:
+        if event.finish_reason == "stop" and self._readers[event.index].has_calls:
+            return "tool_calls"
+        return event.finish_reason  # type: ignore[return-value]
 
     def _read_logprobs(self, event: Event) -> ChatLogprobs | None:
         if not self._has_logprobs or not event.logprobs:
@@ -177,11 +141,42 @@ class ChatShape:
         return None
 
     def _choice(self, event: Event) -> ChatChoice:
+        delta = self._read(event)
         return ChatChoice(
             index=event.index,
-            message=ChatMessage(event.text),
+            message=_chat_message(delta),
             logprobs=self._logprobs.chat(event.logprobs) if self._has_logprobs else None,
-            finish_reason=event.finish_reason,  # type: ignore[arg-type]
+            finish_reason=self._finish_reason(event),
             stop_reason=event.stop_reason,
             token_ids=event.tokens if self._has_ids else UNSET,
         )
+
+
+def _chat_delta(delta: Delta) -> ChatDelta:
+    chunk = ChatDelta()
+    if delta.content:
+        chunk.content = delta.content
+    if delta.reasoning:
+        chunk.reasoning_content = delta.reasoning
+    if delta.calls:
+        chunk.tool_calls = [_call_chunk(call) for call in delta.calls]
+    return chunk
+
+
+def _call_chunk(call: CallDelta) -> ToolCallChunk:
+    if call.name is None:
+        return ToolCallChunk(call.index, FunctionChunk(call.arguments))
+    function = FunctionChunk(call.arguments, call.name)
+    return ToolCallChunk(call.index, function, call.id or UNSET, "function")
+
+
+def _chat_message(delta: Delta) -> ChatMessage:
+    message = ChatMessage(delta.content if delta.content or not delta.calls else None)
+    if delta.reasoning:
+        message.reasoning_content = delta.reasoning
+    if delta.calls:
+        message.tool_calls = [
+            AnsweredCall(call.id or "", AnsweredFunction(call.name or "", call.arguments))
+            for call in delta.whole_calls()
+        ]
+    return message

@@ -62,6 +62,7 @@ def make_job(
     prompts: Sequence[Prompt],
     *,
     echo_logprobs: int | None = None,
+    grammar: str = "",
 ) -> Job:
     """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs."""
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
@@ -90,6 +91,7 @@ def make_job(
         log_content=server.settings.log_content,
         adapter=adapter,
         adapter_version=0 if adapter is None else adapter.version(engine),
+        grammar=grammar,
     )
 
 

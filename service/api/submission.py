@@ -62,6 +62,7 @@ class Job:
     log_content: bool = False
     adapter: ServedAdapter | None = None
     adapter_version: int = 0  # the loading it began with serves all of it
+    grammar: str = ""  # what every choice's text must be, see service.api.constraints
 
     @property
     def fingerprint(self) -> str:
@@ -98,6 +99,7 @@ class Job:
             request_id=self.request_id,
             adapter="" if self.adapter is None else self.adapter.name,
             adapter_version=self.adapter_version,
+            grammar=self.grammar,
         )
 
 

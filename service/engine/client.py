@@ -180,6 +180,7 @@ class EngineClient:
         request_id: str = "",
         adapter: str = "",
         adapter_version: int = 0,
+        grammar: str = "",
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
         submit = Submit(
@@ -196,6 +197,7 @@ class EngineClient:
             request_id=request_id,
             adapter=adapter,
             adapter_version=adapter_version,
+            grammar=grammar,
         )
         generation = await self._admit(submit)
         try:

@@ -104,10 +104,25 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class AnsweredFunction(Struct):
+    name: str
+    arguments: str  # JSON
+
+
+class AnsweredCall(Struct):
+    id: str
+    function: AnsweredFunction
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(Struct):
-    content: str
+    """``content`` is null where calls are all there is."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
@@ -134,9 +149,25 @@ class ChatCompletion(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class FunctionChunk(Struct):
+    arguments: str = ""  # more of the JSON text
+    name: str | UnsetType = UNSET
+
+
+class ToolCallChunk(Struct):
+    """A call's first chunk carries its id, type and name."""
+
+    index: int
+    function: FunctionChunk
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatDelta(Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):

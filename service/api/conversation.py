@@ -1,0 +1,84 @@
+"""From a chat request to a job: budget, template, tokens, and how the answer will be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.api.exchange import Exchange
+from service.api.jobs import check, make_job, make_sampling, truncation
+from service.api.prompts import encode_chat, truncate
+from service.api.reading import AnswerReader, PlainText
+from service.api.schemas.chat import ChatRequest
+from service.api.server import Server
+from service.api.submission import Job, Prompt
+from service.errors import InvalidRequest
+from service.registry import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation ready for the engine, and how the text of each choice is read."""
+
+    job: Job
+    headers: dict[str, str]  # go with any answer
+    reader: Callable[[], AnswerReader]  # a new one for each choice
+
+
+async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Chat:
+    """Also for routes that speak of conversations in other words: they make a ``ChatRequest``."""
+    budget, max_tokens = read_max_tokens(fields)
+    logprobs = read_logprobs(fields)
+    model, engine, headers = check(fields, server)
+    sampling = make_sampling(
+        fields,
+        server,
+        model,
+        logprobs=logprobs,
+        max_tokens=max_tokens,
+        default_max_tokens=None,
+        prompt_param="messages",
+        budget_param=budget,
+    )
+    ids = await read_conversation(fields, server, model)
+    kept = truncate(ids, truncation(fields, sampling), fields.truncation_side)
+    prompt = Prompt(kept, sampling.for_prompt(len(kept)), _echo(fields))
+    return Chat(
+        make_job(fields, server, exchange, model, engine, [prompt]), headers, reader=PlainText
+    )
+
+
+def read_max_tokens(fields: ChatRequest) -> tuple[str, int | None]:
+    """The field that counts and its value: the newer name wins over ``max_tokens``."""
+    name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+    value: int | None = getattr(fields, name)
+    if value == 0:
+        raise InvalidRequest(f"{name}: must be at least 1", param=name)
+    return name, value
+
+
+def read_logprobs(fields: ChatRequest) -> int | None:
+    """How many alternatives each token gets; None is no logprobs at all."""
+    if fields.logprobs:
+        return fields.top_logprobs or 0
+    if fields.top_logprobs:
+        raise InvalidRequest("top_logprobs: needs logprobs: true", param="top_logprobs")
+    return None
+
+
+async def read_conversation(fields: ChatRequest, server: Server, model: ServedModel) -> list[int]:
+    effort = fields.reasoning_effort
+    return await encode_chat(
+        fields.messages,
+        fields,
+        model,
+        allow_template=server.settings.allow_request_chat_template,
+        add_special_tokens=bool(fields.add_special_tokens),
+        extra={} if effort is None else {"reasoning_effort": effort},
+    )
+
+
+def _echo(fields: ChatRequest) -> str:
+    """As vLLM: an answer that continues the assistant's own last message may repeat it first."""
+    last = fields.messages[-1]
+    return (last.text() or "") if fields.echo and last.role == "assistant" else ""
