@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.gguf_checkpoint /tmp/random-135m /tmp/135m.gguf --type Q8_0
 
-Every matrix gets the type asked for, embedding and head too: the least bytes, so the peer's best
-speed. Norms stay float32, as llama.cpp wants them.
+Every matrix gets the type asked for. Of a 4-bit file the embedding and the head have 8 bits, as in
+pronk's own int4 (llama.cpp's own quantizer gives them 6.6). Norms stay float32, as llama.cpp wants
+them.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _add_tensor(
         tensor = _in_pairs(tensor, config["num_attention_heads"])
     elif name.endswith("k_proj.weight"):
         tensor = _in_pairs(tensor, config["num_key_value_heads"])
+    if kind is GGMLQuantizationType.Q4_0 and "layers" not in name:
+        kind = GGMLQuantizationType.Q8_0
     if tensor.dim() == 1:
         writer.add_tensor(gguf_name(name), tensor.float().numpy())
     elif kind is GGMLQuantizationType.BF16:
