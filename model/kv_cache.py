@@ -4,16 +4,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
-
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_format import dequantize, quantize, scale_bytes
+from model.memory import zeroed
 from model.parallel import ParallelGroup
 
 
@@ -119,11 +116,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     """Zeroed pages; on a CPU the system gives them at first use, so a large cache costs nothing."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return zeroed(shape, dtype)
 
 
 def bytes_per_block(

@@ -16,6 +16,7 @@
 #define KEY_TILE 64         // keys between two updates of the running softmax
 #define HEAD_TILE 4         // query heads of a lone token that share one read of K and V
 #define SEGMENT 256         // keys of a context one thread attends to, more for long contexts
+#define TURNS 4             // a thread takes neighbouring segments, at least so often
 #define QUERY_BLOCK 64      // tokens of a chunk one thread attends for
 #define MAX_HEAD_SIZE 256
 
@@ -229,18 +230,33 @@ INLINE __m512bh load_tail(const bf16 *p, int count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(count >= PAIRS ? ~0u : (1u << count) - 1, p);
 }
 
+// The tile a thread reads next, of this segment or of its next one: `count` keys of `width` bytes. It is
+// asked for line by line between products: a core keeps only so many lines on their way, and a burst
+// of more holds up everything behind it.
+typedef struct {
+    const char *keys, *values;
+    int count;
+    long width;
+} Ahead;
+
+INLINE Ahead ahead_of(const Attention *a, int row, int head, int from, int to) {
+    if (from >= to) return (Ahead){a->keys, a->values, 0, 0};
+    const long width = (long)a->head_size * (a->cache == CACHE_BF16 ? sizeof(bf16) : 1);
+    const long at = slot(a, row, head, from) * width;
+    return (Ahead){(const char *)a->keys + at, (const char *)a->values + at, tile_length(a, from, to), width};
+}
+
 // scores[h][j] = scale * dot(q[h], key j) for `count` <= KEY_TILE keys that follow one another; what
 // stands behind them in the last vector means nothing. The next tile is fetched meanwhile.
-INLINE void score_keys(const bf16 *q, const bf16 *keys, const bf16 *values, int D, int heads, int count, float scale,
+INLINE void score_keys(const bf16 *q, const bf16 *keys, int D, int heads, int count, float scale, const Ahead *ahead,
                        float scores[HEAD_TILE][KEY_TILE]) {
     for (int j = 0; j < count; j += LANES) {
         const bf16 *at[LANES];
         for (int i = 0; i < LANES; i++) at[i] = keys + (long)at_most(j + i, count - 1) * D;
-        for (int line = 0; line < LANES * D; line += PAIRS) {
-            _mm_prefetch((const char *)(keys + (long)(j + KEY_TILE) * D + line), _MM_HINT_T1);
-            _mm_prefetch((const char *)(values + (long)(j + KEY_TILE) * D + line), _MM_HINT_T1);
-        }
         for (int h = 0; h < heads; h++) {
+            const int first = j + LANES * h / heads, end = at_most(j + LANES * (h + 1) / heads, ahead->count);
+            for (long byte = first * ahead->width; byte < end * ahead->width; byte += 64)
+                _mm_prefetch(ahead->keys + byte, _MM_HINT_T1);
             __m512 sums[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) sums[i] = _mm512_setzero_ps();
@@ -262,7 +278,7 @@ INLINE void score_keys(const bf16 *q, const bf16 *keys, const bf16 *values, int 
 
 // sums[h] = factor[h] * sums[h] + weights[h] V over `count` values that follow one another. Two
 // values are interleaved for each product; so sums lie, 32 at a time, as `in_order` finds them.
-INLINE void add_values(const bf16 *values, int D, const int heads, int count, const float *factor,
+INLINE void add_values(const bf16 *values, int D, const int heads, int count, const float *factor, const Ahead *ahead,
                        bf16 weights[HEAD_TILE][KEY_TILE], float sums[HEAD_TILE][MAX_HEAD_SIZE]) {
     for (int d = 0; d < D; d += PAIRS) {
         __m512 low[HEAD_TILE], high[HEAD_TILE];
@@ -272,6 +288,9 @@ INLINE void add_values(const bf16 *values, int D, const int heads, int count, co
         }
         for (int j = 0; j < count; j += 2) { // of an odd count the last weighs nothing
             const bf16 *at = values + (long)j * D + d;
+            const char *next = ahead->values + j * ahead->width + d * ahead->width / D;
+            _mm_prefetch(next, _MM_HINT_T1);
+            _mm_prefetch(next + ahead->width, _MM_HINT_T1);
             const __m512i even = (__m512i)load_tail(at, D - d);
             const __m512i odd = j + 1 < count ? (__m512i)load_tail(at + D, D - d) : _mm512_setzero_si512();
             const __m512bh first = (__m512bh)_mm512_unpacklo_epi16(even, odd);
@@ -289,6 +308,27 @@ INLINE void add_values(const bf16 *values, int D, const int heads, int count, co
     }
 }
 
+// Keys in a segment of a context: a function of that context alone, so that a row's result does not
+// depend on the other rows. At most `splits` segments.
+INLINE int segment_length(const Attention *a, int context) {
+    const int each = (context + a->step->splits - 1) / a->step->splits;
+    return (each + SEGMENT - 1) / SEGMENT * SEGMENT;
+}
+
+// Keys [from, to) of a lone row for `heads` query heads from `query` on, which share key head `head`.
+typedef struct { int row, split, head, query, heads, from, to; } Segment;
+
+// Heads follow one another as they lie in a page. Where a row has fewer segments than others, or a
+// window hides one, there is nothing to read.
+INLINE Segment segment_of(const Attention *a, int task, int tiles) {
+    const int group = a->heads / a->kv_heads, tile = task % tiles, head = task / tiles % a->kv_heads;
+    const int split = task / tiles / a->kv_heads % a->step->splits, row = task / tiles / a->kv_heads / a->step->splits;
+    const int seen = a->step->contexts[row], length = segment_length(a, seen);
+    const int first = a->window && seen > a->window ? seen - a->window : 0;
+    return (Segment){row, split, head, head * group + tile * HEAD_TILE, at_most(group - tile * HEAD_TILE, HEAD_TILE),
+                     split * length > first ? split * length : first, at_most((split + 1) * length, seen)};
+}
+
 // Undoes the interleaving: quarters of `low` and `high` take turns.
 INLINE void in_order(const float *sums, int D, float *out) {
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -300,11 +340,12 @@ INLINE void in_order(const float *sums, int D, float *out) {
     }
 }
 
-// One token's `heads` <= HEAD_TILE query heads over keys [from, to) of one kv head.
-// partial: [heads, D + 2] sums, then top and total.
-static void attend(const Attention *a, const bf16 *q, int row, int head, int heads, int from, int to,
-                   float *partial) {
-    const int D = a->head_size;
+// Attends to one segment, and fetches the beginning of the `next`. partials: [splits, lone, H, D + 2]
+// sums, then top and total; splits are `stride` apart.
+static void attend_segment(const Attention *a, const bf16 *queries, Segment s, Segment next, long stride, float *partials) {
+    const int D = a->head_size, group = a->heads / a->kv_heads, row = s.row, head = s.head, heads = s.heads, to = s.to;
+    const bf16 *q = queries + query_at(a, head, row) + (long)(s.query - head * group) * D;
+    float *partial = partials + s.split * stride + ((long)row * a->heads + s.query) * (D + 2);
     float scores[HEAD_TILE][KEY_TILE], sums[HEAD_TILE][MAX_HEAD_SIZE];
     float top[HEAD_TILE], total[HEAD_TILE], factor[HEAD_TILE];
     bf16 weights[HEAD_TILE][KEY_TILE];
@@ -313,50 +354,30 @@ static void attend(const Attention *a, const bf16 *q, int row, int head, int hea
         top[h] = -INFINITY, total[h] = 0.f;
         for (int d = 0; d < MAX_HEAD_SIZE; d++) sums[h][d] = 0.f;
     }
-    for (int at = from, count; at < to; at += count) {
+    for (int at = s.from, count; at < to; at += count) {
         count = tile_length(a, at, to);
         const long here = slot(a, row, head, at);
+        const Ahead ahead = at + count < to ? ahead_of(a, row, head, at + count, to)
+                                            : ahead_of(a, next.row, next.head, next.from, next.to);
         const bf16 *keys = read_rows(a, a->keys, a->key_scales, here, count, wide_keys);
         const bf16 *values = read_rows(a, a->values, a->value_scales, here, count, wide_values);
-        score_keys(q, keys, values, D, heads, count, a->scale, scores);
+        score_keys(q, keys, D, heads, count, a->scale, &ahead, scores);
         for (int h = 0; h < heads; h++) {
             const float now = largest(scores[h], count, top[h]);
             factor[h] = expf(top[h] - now);
             total[h] = total[h] * factor[h] + weigh(scores[h], count, now, weights[h]);
             top[h] = now;
         }
-        if (heads == HEAD_TILE) add_values(values, D, HEAD_TILE, count, factor, weights, sums);
-        else if (heads == 3) add_values(values, D, 3, count, factor, weights, sums);
-        else if (heads == 2) add_values(values, D, 2, count, factor, weights, sums);
-        else add_values(values, D, 1, count, factor, weights, sums);
+        if (heads == HEAD_TILE) add_values(values, D, HEAD_TILE, count, factor, &ahead, weights, sums);
+        else if (heads == 3) add_values(values, D, 3, count, factor, &ahead, weights, sums);
+        else if (heads == 2) add_values(values, D, 2, count, factor, &ahead, weights, sums);
+        else add_values(values, D, 1, count, factor, &ahead, weights, sums);
     }
     for (int h = 0; h < heads; h++) {
         float *mine = partial + (long)h * (D + 2);
         in_order(sums[h], D, mine);
         mine[D] = top[h], mine[D + 1] = total[h];
     }
-}
-
-// Keys in a segment of a context: a function of that context alone, so that a row's result does not
-// depend on the other rows. At most `splits` segments.
-INLINE int segment_length(const Attention *a, int context) {
-    const int each = (context + a->step->splits - 1) / a->step->splits;
-    return (each + SEGMENT - 1) / SEGMENT * SEGMENT;
-}
-
-static void attend_segment(const Attention *a, const bf16 *queries, int task, int tiles, long stride, float *partials) {
-    const int D = a->head_size, group = a->heads / a->kv_heads;
-    const int split = task % a->step->splits, tile = task / a->step->splits % tiles;
-    const int head = task / a->step->splits / tiles % a->kv_heads;
-    const int row = task / a->step->splits / tiles / a->kv_heads;
-    const int seen = a->step->contexts[row], length = segment_length(a, seen);
-    if (split * length >= seen) return; // the merge will not look
-    const int first = a->window && seen > a->window ? seen - a->window : 0;
-    const int from = split * length > first ? split * length : first;
-    const int query = head * group + tile * HEAD_TILE;
-    attend(a, queries + query_at(a, head, row) + (long)tile * HEAD_TILE * D, row, head,
-           at_most(group - tile * HEAD_TILE, HEAD_TILE), from, at_most((split + 1) * length, seen),
-           partials + split * stride + ((long)row * a->heads + query) * (D + 2));
 }
 
 // The parts of one query head become its output: each weighted by e^(its top - the common top).
@@ -549,12 +570,14 @@ void paged_attention(const Attention *a) {
     const int D = a->head_size, group = a->heads / a->kv_heads, tokens = a->step->starts[a->step->rows];
     const int tiles = (group + HEAD_TILE - 1) / HEAD_TILE;
     const long stride = (long)a->step->lone * a->heads * (D + 2);
+    const int tasks = a->step->lone * a->kv_heads * tiles * a->step->splits;
+    const int turn = tasks / (TURNS * a->threads) > 1 ? tasks / (TURNS * a->threads) : 1;
     int num_blocks = 0;
     for (int row = a->step->lone; row < a->step->rows; row++)
         num_blocks += (a->step->starts[row + 1] - a->step->starts[row] + QUERY_BLOCK - 1) / QUERY_BLOCK;
 #pragma omp parallel num_threads(a->threads)
     {
-        bf16 *mine = (bf16 *)(blocks + omp_get_thread_num() * block_scratch_bytes(D, group));
+        bf16 *scratch = (bf16 *)(blocks + omp_get_thread_num() * block_scratch_bytes(D, group));
 #pragma omp for schedule(dynamic, 4)
         for (int task = 0; task < tokens * a->kv_heads; task++)
             rotate_and_append(a, qkv, queries, task / a->kv_heads, task % a->kv_heads);
@@ -562,11 +585,13 @@ void paged_attention(const Attention *a) {
         for (int task = num_blocks * a->kv_heads - 1; task >= 0; task--) { // the longest contexts first
             int token = 0;
             const int row = find_block(a, task / a->kv_heads, &token);
-            attend_block(a, queries, row, task % a->kv_heads, token, at_most(QUERY_BLOCK, a->step->starts[row + 1] - token), mine, out);
+            attend_block(a, queries, row, task % a->kv_heads, token, at_most(QUERY_BLOCK, a->step->starts[row + 1] - token), scratch, out);
         }
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < a->step->lone * a->kv_heads * tiles * a->step->splits; task++)
-            attend_segment(a, queries, task, tiles, stride, partials);
+#pragma omp for schedule(dynamic, turn)
+        for (int task = 0; task < tasks; task++) {
+            const Segment mine = segment_of(a, task, tiles), next = task + 1 < tasks ? segment_of(a, task + 1, tiles) : (Segment){0};
+            if (mine.from < mine.to) attend_segment(a, queries, mine, next, stride, partials);
+        }
 #pragma omp for schedule(static) nowait
         for (int head = 0; head < a->step->lone * a->heads; head++) {
             const int seen = a->step->contexts[head / a->heads], length = segment_length(a, seen);

@@ -21,8 +21,8 @@
 
 #define INT_TILE 6          // rows of an integer product held in registers
 #define TASK_ROWS 96        // rows one thread takes at a time
-#define PREFETCH_BYTES 2048 // ahead of the read
-#define TURNS 4             // a thread takes neighbouring panels: so often at least, where memory binds
+#define PREFETCH_BYTES 6144 // ahead of the read: 8 rows multiply while so many bytes are on their way
+#define TURNS 4             // a thread takes neighbouring panels, at least so often
 
 typedef struct {
     const void *panels;   // bf16 [panels][K / 2][32][2]; 8 bits [panels][K / 4][32][4]; 4 bits
@@ -199,8 +199,6 @@ INLINE void int_tile(const Weight *w, int panel, const Inputs *in, int m, const 
         else int_tile(w, panel, in, m, n, 4, 0, y); \
         break;
 
-INLINE int tile_rows(const Weight *w) { return w->bits == 16 ? TILE : INT_TILE; }
-
 static void multiply(const Weight *w, int panel, const Inputs *in, int m, int rows, float (*y)[PANEL]) {
     if (w->bits == 16) switch (rows) {
         BF16_CASE(1) BF16_CASE(2) BF16_CASE(3) BF16_CASE(4) BF16_CASE(5) BF16_CASE(6)
@@ -228,22 +226,29 @@ static void store_row(const float *sums, const bf16 *bias, int kind, void *out, 
     }
 }
 
-// What one thread takes at a time. Of a few rows neighbours, so that what is fetched ahead of a
-// panel's end is its own next one; else one by one, so that all end together.
-INLINE int panels_a_turn(const Call *c, int panels, int M) {
-    const int share = panels / (TURNS * c->threads);
-    return M <= TILE && share > 1 ? share : 1;
+// Panels one thread takes at a time: neighbours, so that what is fetched ahead of a panel's end is its
+// own next one, in turns that come out even, so that all threads end together.
+INLINE int panels_a_turn(const Call *c, int panels) {
+    int share = panels / (TURNS * c->threads);
+    while (share > 1 && (panels + share - 1) / share % c->threads) share--;
+    return share > 1 ? share : 1;
+}
+
+// Rows of the next tile, of `left`: as many as of the others, not full ones and a rest.
+INLINE int rows_of_tile(const Weight *w, int left) {
+    const int most = w->bits == 16 ? TILE : INT_TILE, tiles = (left + most - 1) / most;
+    return left > 0 ? (left + tiles - 1) / tiles : 0;
 }
 
 // One thread's piece of work: a panel and up to TASK_ROWS rows. A panel's pieces follow one another,
 // so that it comes from memory once.
 #define FOR_PIECES(panels) \
     const int pieces = (M + TASK_ROWS - 1) / TASK_ROWS; \
-    const int turn = panels_a_turn(c, panels, M); \
+    const int turn = pieces > 1 ? 1 : panels_a_turn(c, panels); \
     _Pragma("omp for schedule(dynamic, turn) nowait") for (int task = 0; task < (panels) * pieces; task++) \
         for (int panel = task / pieces, m = task % pieces * TASK_ROWS, rows, \
                  end = at_most(m + TASK_ROWS, M); \
-             rows = at_most(end - m, tile_rows(w)), m < end; m += rows)
+             rows = rows_of_tile(w, end - m), m < end; m += rows)
 
 // out [M, N]. Added to what is there, a sum is rounded once.
 void linear(const Call *c, int M) {

@@ -4,22 +4,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import math
-import mmap
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.memory import zeroed
 from model.quantization import QuantizedWeight
 from model.schemes import AnyWeight
 
 PANEL = 32
 _LARGEST_GROUP = 128
-_HUGE_PAGE = 2 << 20
 
 
 class WeightStruct(ctypes.Structure):
@@ -131,9 +128,4 @@ def _pad_outputs(x: Tensor) -> Tensor:
 
 def _settle(x: Tensor) -> Tensor:
     """A contiguous copy in huge pages where the system has them: a step reads all of it."""
-    num_bytes = x.numel() * x.element_size()
-    memory = mmap.mmap(-1, -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE)
-    if num_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=x.dtype, count=math.prod(x.shape)).view(x.shape).copy_(x)
+    return zeroed(x.shape, x.dtype).copy_(x)

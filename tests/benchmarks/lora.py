@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--no-kernels", action="store_true", help="PyTorch alone")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.set_defaults(quantization="none", kv_cache_dtype="auto")
     options = parser.parse_args()
     model = random_model(config_of(options.shape), options)
     bench = Bench(model, options)
