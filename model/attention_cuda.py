@@ -1,10 +1,11 @@
-"""Paged attention on CUDA: our own Triton kernels, and PyTorch's flash attention over block tables.
+"""Paged attention on CUDA: our own Triton kernels, PyTorch's flash attention over block tables, and
+FlashInfer where it is installed.
 
-Which of them may be used is asked here and nowhere else; nothing of Triton is imported before
-``triton_available`` has been asked. Both read pages [num_blocks, num_kv_heads, block_size,
-head_size] through int32 tables, and neither synchronises with the host. Each is tried on the device
-once a process before it is believed: a kernel that does not compile there, or computes wrongly, is
-as good as absent.
+Which of them may be used is asked here and nowhere else; nothing of Triton or FlashInfer is
+imported before ``triton_available`` or ``flashinfer_refusal`` has been asked. All read pages
+[num_blocks, num_kv_heads, block_size, head_size], and none synchronises with the host. Each is
+tried on the device once a process before it is believed: a kernel that does not compile there, or
+computes wrongly, is as good as absent.
 """
 
 # T tokens, S sequences, H query heads, K key heads, D head size, P tokens a page
@@ -81,6 +82,29 @@ def varlen_available() -> bool:
     return _is_right(_whole_flash, "varlen")
 
 
+@cache
+def flashinfer_refusal(
+    dtype: torch.dtype = torch.bfloat16, head_size: int = 64, pages: torch.dtype | None = None
+) -> str | None:
+    """Why FlashInfer cannot serve such a model over such pages here, or None.
+
+    Tried with that very shape: without prebuilt kernels it compiles each one where it is first
+    used, which takes a while and needs CUDA's compiler.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "the package is not installed: pip install 'pronk[flashinfer]'"
+    from model import attention_flashinfer
+
+    pages = pages or dtype
+    if refusal := attention_flashinfer.refusal(dtype, head_size, pages):
+        return refusal
+    if not _is_right(flashinfer_attention, "flashinfer", pages, dtype, head_size):
+        return "it does not run, or not rightly, on this device: see the log"
+    return None
+
+
 def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
     """What the bundled FlashAttention 2 accepts, where ``varlen_available``."""
     return (
@@ -89,6 +113,15 @@ def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
         and head_size % 8 == 0
         and block_size % _FLASH_PAGE == 0
     )
+
+
+def flashinfer_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
+) -> Tensor:
+    """FlashInfer with a workspace for this one call; serving keeps one beside the cache."""
+    from model.attention_flashinfer import FlashInfer
+
+    return FlashInfer(q.device).attend(q, k_pages, v_pages, batch, scale, window)
 
 
 def triton_attention(
@@ -236,10 +269,16 @@ def _flash(
     return out
 
 
-def _is_right(attend: Attend, name: str, cache_dtype: torch.dtype = torch.bfloat16) -> bool:
+def _is_right(
+    attend: Attend,
+    name: str,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
+    head_size: int = 64,
+) -> bool:
     """A decode beside a chunk with history, pages in disorder, against plain float32."""
     try:
-        error = _largest_error(attend, cache_dtype)
+        error = _largest_error(attend, cache_dtype, dtype, head_size)
     except Exception as failure:  # what compilers and drivers raise is not ours to list
         log.warning("%s attention does not run on this device: %s", name, failure)
         return False
@@ -249,18 +288,20 @@ def _is_right(attend: Attend, name: str, cache_dtype: torch.dtype = torch.bfloat
     return True
 
 
-def _largest_error(attend: Attend, cache_dtype: torch.dtype) -> float:
+def _largest_error(
+    attend: Attend, cache_dtype: torch.dtype, dtype: torch.dtype, head_size: int
+) -> float:
     from model.batch import BatchBuilder, BatchRow
     from model.kv_format import dequantize, quantize
 
     generator = torch.Generator().manual_seed(0)
-    pages = torch.randn(2, 6, 2, _FLASH_PAGE, 64, generator=generator).to("cuda", torch.bfloat16)
-    q = torch.randn(6, 4, 64, generator=generator).to("cuda", torch.bfloat16)
+    pages = torch.randn(2, 6, 2, _FLASH_PAGE, head_size, generator=generator).to("cuda", dtype)
+    q = torch.randn(6, 4, head_size, generator=generator).to("cuda", dtype)
     rows = [BatchRow([0], 299, [4, 1], 1), BatchRow([0] * 5, 254, [2, 5], 1)]
     batch = BatchBuilder(8, 2, 2, _FLASH_PAGE, "cuda").build(rows)
     stored, scales = quantize(pages, cache_dtype)
     beside = () if scales is None else (scales,)
-    out = attend(q, *stored.unbind(), batch, 0.125, None, *beside)
+    out = attend(q, *stored.unbind(), batch, head_size**-0.5, None, *beside)
     pages = dequantize(stored, scales, torch.float32)
     expected = [
         _plain(own, pages[:, row.block_table].transpose(1, 2).flatten(2, 3), row.start)

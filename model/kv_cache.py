@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class KVCache:
             self.scales = [
                 zeros(shape[:-1], torch.float32, device) for _ in range(config.num_layers)
             ]
+        self.kept: dict[Any, Any] = {}  # what an attention backend needs beside it in every step
 
     @property
     def layers(self) -> list[Tensor]:
@@ -108,6 +110,7 @@ class KVCache:
     def close(self) -> None:
         """Gives the memory back; the cache cannot be used afterwards."""
         self._layers, self.keys, self.values, self.scales = [], [], [], []
+        self.kept.clear()
 
 
 def as_bytes(pages: Tensor) -> Tensor:
