@@ -32,6 +32,7 @@ Attend: TypeAlias = "Callable[..., Tensor]"
 _FLASH_PAGE = 256  # the bundled FlashAttention 2 wants pages of a multiple of this
 _FLASH_HEAD = 256
 _FLASH_CAPABILITY = (8, 0)
+_FA3_MAJOR = 9  # compute capability 9.0
 _TOLERANCE = 0.03  # of bfloat16 results of order 1
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def triton_available(cache_dtype: torch.dtype = torch.bfloat16) -> bool:
 def varlen_available() -> bool:
     """PyTorch has paged ``varlen_attn`` (2.12 on), and it computes rightly on the device.
 
-    Paged FlashAttention 2 has been silently wrong before (pytorch#194167, torchtitan#3235).
+    By FlashAttention 3 where that is installed and right, else by the bundled 2, which has been
+    silently wrong over pages before (pytorch#194167, torchtitan#3235).
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _FLASH_CAPABILITY:
         return False
@@ -79,7 +81,34 @@ def varlen_available() -> bool:
         return False
     if "block_table" not in inspect.signature(varlen_attn).parameters:
         return False
-    return _is_right(_whole_flash, "varlen")
+    return _activate_fa3() or _is_right(_whole_flash, "varlen")
+
+
+def _activate_fa3() -> bool:
+    """Hopper's own kernels in the place of FlashAttention 2: a package of its own, and a switch of
+    the whole process, so only where ``varlen`` was asked for.
+    """
+    if torch.cuda.get_device_capability()[0] != _FA3_MAJOR:
+        return False
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    from torch.nn import attention
+
+    try:
+        attention.activate_flash_attention_impl("FA3")
+    except Exception as failure:  # of a package built for another torch, too
+        log.warning("FlashAttention 3 cannot be used: %s", failure)
+        return False
+    if _is_right(_whole_flash, "FlashAttention 3"):
+        return True
+    attention.restore_flash_attention_impl()
+    return False
+
+
+def _is_fa3() -> bool:
+    from torch.nn.attention import current_flash_attention_impl
+
+    return current_flash_attention_impl() == "FA3"
 
 
 @cache
@@ -106,12 +135,12 @@ def flashinfer_refusal(
 
 
 def varlen_fits(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
-    """What the bundled FlashAttention 2 accepts, where ``varlen_available``."""
+    """What flash attention accepts, where ``varlen_available``; 3 takes pages of any size."""
     return (
         dtype in (torch.float16, torch.bfloat16)
         and head_size <= _FLASH_HEAD
         and head_size % 8 == 0
-        and block_size % _FLASH_PAGE == 0
+        and (block_size % _FLASH_PAGE == 0 or _is_fa3())
     )
 
 
@@ -254,8 +283,8 @@ def _flash(
         k_pages.transpose(1, 2),  # a view: strides pass through
         v_pages.transpose(1, 2),
         query_starts,
-        # With pages the keys' starts are not read, but a tensor of that shape is asked for.
-        query_starts,
+        # With pages the keys' starts are not read: 2 asks for a tensor of that shape, 3 for none.
+        None if _is_fa3() else query_starts,
         max_queries,
         block_tables.size(1) * k_pages.size(2),  # of shapes alone: a graph can hold it
         scale=scale,
@@ -289,16 +318,20 @@ def _is_right(
 
 
 def _largest_error(
-    attend: Attend, cache_dtype: torch.dtype, dtype: torch.dtype, head_size: int
+    attend: Attend,
+    cache_dtype: torch.dtype,
+    dtype: torch.dtype,
+    head_size: int,
+    device: str = "cuda",
 ) -> float:
     from model.batch import BatchBuilder, BatchRow
     from model.kv_format import dequantize, quantize
 
     generator = torch.Generator().manual_seed(0)
-    pages = torch.randn(2, 6, 2, _FLASH_PAGE, head_size, generator=generator).to("cuda", dtype)
-    q = torch.randn(6, 4, head_size, generator=generator).to("cuda", dtype)
+    pages = torch.randn(2, 6, 2, _FLASH_PAGE, head_size, generator=generator).to(device, dtype)
+    q = torch.randn(6, 4, head_size, generator=generator).to(device, dtype)
     rows = [BatchRow([0], 299, [4, 1], 1), BatchRow([0] * 5, 254, [2, 5], 1)]
-    batch = BatchBuilder(8, 2, 2, _FLASH_PAGE, "cuda").build(rows)
+    batch = BatchBuilder(8, 2, 2, _FLASH_PAGE, device).build(rows)
     stored, scales = quantize(pages, cache_dtype)
     beside = () if scales is None else (scales,)
     out = attend(q, *stored.unbind(), batch, head_size**-0.5, None, *beside)
