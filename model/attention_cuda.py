@@ -81,7 +81,7 @@ def varlen_available() -> bool:
         return False
     if "block_table" not in inspect.signature(varlen_attn).parameters:
         return False
-    return _activate_fa3() or _is_right(_whole_flash, "varlen")
+    return _activate_fa3() or _is_right(_flash, "varlen")
 
 
 def _activate_fa3() -> bool:
@@ -99,7 +99,7 @@ def _activate_fa3() -> bool:
     except Exception as failure:  # of a package built for another torch, too
         log.warning("FlashAttention 3 cannot be used: %s", failure)
         return False
-    if _is_right(_whole_flash, "FlashAttention 3"):
+    if _is_right(_flash, "FlashAttention 3"):
         return True
     attention.restore_flash_attention_impl()
     return False
@@ -200,41 +200,18 @@ def varlen_attention(
     long context, and few rows would leave most of the device idle.
     """
     if k_pages.dtype != q.dtype or not varlen_fits(q.dtype, q.size(2), k_pages.size(2)):
-        return _without_flash(q, k_pages, v_pages, batch, scale, window, scales)
+        from model.attention import gathered
+
+        elsewhere = triton_attention if triton_available() else gathered
+        return elsewhere(q, k_pages, v_pages, batch, scale, window, scales)
     if batch.num_decodes == 0 or not triton_available():
-        return _whole_flash(q, k_pages, v_pages, batch, scale, window)
+        return _flash(q, k_pages, v_pages, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _decode(q, k_pages, v_pages, batch, scale, window, out)
     first = batch.num_decodes
     if first < len(batch.query_lengths):
-        out[first:] = _flash(
-            q[first:],
-            k_pages,
-            v_pages,
-            batch.query_starts[first:] - first,
-            batch.context_lengths[first:],
-            batch.block_tables[first:],
-            max(batch.query_lengths[first:]),
-            scale,
-            window,
-        )
+        out[first:] = _flash(q, k_pages, v_pages, batch, scale, window, first)
     return out
-
-
-def _without_flash(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    batch: Batch,
-    scale: float,
-    window: int | None,
-    scales: Tensor | None = None,
-) -> Tensor:
-    if triton_available():
-        return triton_attention(q, k_pages, v_pages, batch, scale, window, scales)
-    from model.attention import gathered
-
-    return gathered(q, k_pages, v_pages, batch, scale, window, scales)
 
 
 def _decode(
@@ -257,40 +234,33 @@ def _decode(
         )
 
 
-def _whole_flash(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Batch, scale: float, window: int | None
-) -> Tensor:
-    starts, contexts, tables = batch.query_starts, batch.context_lengths, batch.block_tables
-    longest = max(batch.query_lengths)
-    return _flash(q, k_pages, v_pages, starts, contexts, tables, longest, scale, window)
-
-
 def _flash(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    query_starts: Tensor,
-    contexts: Tensor,
-    block_tables: Tensor,
-    max_queries: int,
+    batch: Batch,
     scale: float,
     window: int | None,
+    first: int = 0,
 ) -> Tensor:
+    """The rows from ``first`` on; those before it are of one token each."""
     from torch.nn.attention.varlen import varlen_attn
 
+    query_starts = batch.query_starts[first:] - first if first else batch.query_starts
+    block_tables = batch.block_tables[first:]
     out = varlen_attn(
-        q,
+        q[first:],
         k_pages.transpose(1, 2),  # a view: strides pass through
         v_pages.transpose(1, 2),
         query_starts,
         # With pages the keys' starts are not read: 2 asks for a tensor of that shape, 3 for none.
         None if _is_fa3() else query_starts,
-        max_queries,
+        max(batch.query_lengths[first:]),
         block_tables.size(1) * k_pages.size(2),  # of shapes alone: a graph can hold it
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.size(1) != k_pages.size(1),
-        seqused_k=contexts,
+        seqused_k=batch.context_lengths[first:],
         block_table=block_tables,
         num_splits=1,  # with more, paged calls have left rows unwritten
     )

@@ -35,6 +35,15 @@ def test_a_row_that_is_wrong_does_not(row: int, wrong: float) -> None:
     assert not error < attention_cuda._TOLERANCE
 
 
+@pytest.mark.parametrize(("error", "right"), [(0.01, True), (0.1, False), (float("nan"), False)])
+def test_what_is_wrong_is_told_and_not_used(
+    error: float, right: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention_cuda, "_largest_error", lambda *call: error)
+    assert attention_cuda._is_right(gathered, "own") == right
+    assert ("own attention is wrong on this device" in caplog.text) != right
+
+
 def test_what_does_not_run_is_told_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
     def attend(*call: object) -> Tensor:
         raise RuntimeError("no kernel image is available")
