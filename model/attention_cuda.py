@@ -123,7 +123,7 @@ def flashinfer_refusal(
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if importlib.util.find_spec("flashinfer") is None:
-        return "the package is not installed: pip install 'pronk[flashinfer]'"
+        return "the package is not installed: pip install flashinfer-python"
     from model import attention_flashinfer
 
     pages = pages or dtype
