@@ -121,7 +121,7 @@ def test_flashinfer_gives_logits_near_those_of_float32(variant: str, graphed: bo
         with torch.inference_mode():
             model.forward(builder.build(prompts), cache)
             forward = partial(model.forward, cache=cache)
-            if graphed and device == "cuda":
+            if graphed and backend == "flashinfer":
                 graphs = DecodeGraphs(model, cache, 4, 4)
                 graphs.capture()
                 forward = graphs.forward

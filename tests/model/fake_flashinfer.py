@@ -84,6 +84,7 @@ class _Wrapper:
             self.starts.copy_(starts)
             self.last.copy_(last)
             self.indices[: len(indices)].copy_(indices)
+        self.num_queries = len(last) if queries is None else int(queries[-1])
         self.shape, self.dtype, self.pages = shape, q_data_type, kv_data_type or q_data_type
         self.scale = 1 / math.sqrt(head_size) if sm_scale is None else sm_scale
         self.window_left, self.causal = window_left, causal
@@ -111,7 +112,7 @@ class _Wrapper:
         queries = self.queries
         if queries is None:
             queries = torch.arange(len(self.last) + 1, dtype=torch.int32)
-        assert int(queries[-1]) == len(q), "q must have the rows that were planned"
+        assert len(q) == self.num_queries, "q must have the rows that were planned"
         limits = (self.scale, self.window_left, self.causal)
         kernel(q, keys, values, queries, self.starts, self.indices, self.last, *limits, out)
         return out

@@ -17,7 +17,11 @@ from model.llama import Llama
 from tests.model.adapter_cases import expected
 from tests.model.random_llama import random_llama
 
-HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+HOST_READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.nonzero.default,
+)
 
 
 class Tape(TorchDispatchMode):
