@@ -47,10 +47,16 @@ class Run(NamedTuple):
 class AdapterRows:
     """Which tokens of a batch go through which slot; the tokens between its runs through none."""
 
-    def __init__(self, runs: Sequence[Run], slots: Tensor | None = None) -> None:
-        """``slots``: [T] int32, each token's slot, -1 where it goes through no short run."""
+    def __init__(
+        self, runs: Sequence[Run], slots: Tensor | None = None, *, is_any: bool = False
+    ) -> None:
+        """``slots``: [T] int32, each token's slot, -1 where it goes through no short run.
+
+        ``is_any``: whatever ``slots`` come to hold, as in a CUDA graph; the runs tell nothing.
+        """
         self.runs = runs
         self.slots = slots
+        self.is_any = is_any
         self.long = [run for run in runs if run.end - run.first > LONG_RUN]
         self.short = [run for run in runs if run.end - run.first <= LONG_RUN]
         self.present = {run.slot for run in runs}
@@ -72,14 +78,14 @@ class AdapterRows:
 
 
 def runs_of(slots: Sequence[int | None], lengths: Sequence[int]) -> list[Run]:
-    """Neighbouring rows of one slot are one run, unless one of them is long by itself."""
+    """Neighbouring rows of one slot are one run, but no run is long unless one row of it is."""
     runs: list[Run] = []
     start = 0
     for slot, length in zip(slots, lengths, strict=True):
         last = runs[-1] if runs else None
         if slot is not None:
             joins = last is not None and (last.slot, last.end) == (slot, start)
-            if joins and last is not None and length <= LONG_RUN >= last.end - last.first:
+            if joins and last is not None and start + length - last.first <= LONG_RUN:
                 runs[-1] = Run(slot, last.first, start + length)
             else:
                 runs.append(Run(slot, start, start + length))
@@ -145,7 +151,12 @@ class AdapterSlots:
 
     def adds_to(self, rows: AdapterRows) -> bool:
         """Whether any of the rows' adapters adapts this layer at all."""
-        return not self.filled.isdisjoint(rows.present)
+        return rows.is_any or not self.filled.isdisjoint(rows.present)
+
+    @property
+    def serves_by_token(self) -> bool:
+        """Whether short runs are the device's own affair, so that a CUDA graph can hold them."""
+        return self._by_token is not None
 
     def add(self, x: Tensor, out: Tensor, rows: AdapterRows, norm: Norm | None = None) -> None:
         """out [T, N] += what each token's adapter makes of x [T, K], or of its norm; in place."""
@@ -154,7 +165,7 @@ class AdapterSlots:
             self._kernel.add(x, out, rows, norm)
             return
         if self._by_token is not None:
-            if rows.short:
+            if rows.short or rows.is_any:
                 self._by_token(x if norm is None else norm(x), out, rows, self)
             runs = rows.long
         for run in runs:

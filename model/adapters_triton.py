@@ -65,6 +65,19 @@ def add_by_token(x: Tensor, out: Tensor, rows: AdapterRows, held: AdapterSlots) 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _slot_of_token(  # type: ignore[no-untyped-def]
+    token_slots,
+    slots,  # [S, 1 + P] int32: the rank of what a slot holds, and whether it has each part
+    PARTS: tl.constexpr,
+):
+    """Of this program's token: its number, its slot, what is known of that, and its rank or 0."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(token_slots + token).to(tl.int64)
+    facts = slots + slot * (1 + PARTS)
+    return token, slot, facts, tl.load(facts, slot >= 0, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _shrink(  # type: ignore[no-untyped-def]
     x,
     down,
@@ -78,28 +91,25 @@ def _shrink(  # type: ignore[no-untyped-def]
     SMALL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    token = tl.program_id(0)
-    slot = tl.load(token_slots + token).to(tl.int64)
-    if slot >= 0:
-        rank = tl.load(slots + slot * (1 + PARTS))
+    token, slot, facts, rank = _slot_of_token(token_slots, slots, PARTS)
+    if tl.program_id(1) * SMALL < PARTS * rank:
         rows = tl.program_id(1) * SMALL + tl.arange(0, SMALL)
         is_row = rows < PARTS * rank
-        part = tl.where(is_row, rows, 0) // tl.maximum(rank, 1)
-        is_row &= tl.load(slots + slot * (1 + PARTS) + 1 + part) > 0
-        if tl.program_id(1) * SMALL < PARTS * rank:
-            sums = tl.zeros((SMALL,), tl.float32)
-            start = down + slot * wide * inputs
-            for k in range(0, inputs, WIDE):
-                columns = k + tl.arange(0, WIDE)
-                is_input = columns < inputs
-                own = tl.load(x + token.to(tl.int64) * x_stride + columns, is_input, 0.0)
-                weights = tl.load(
-                    start + rows[:, None].to(tl.int64) * inputs + columns[None, :],
-                    is_row[:, None] & is_input[None, :],
-                    0.0,
-                )
-                sums += tl.sum(weights.to(tl.float32) * own.to(tl.float32)[None, :], 1)
-            tl.store(hidden + token.to(tl.int64) * wide + rows, sums, is_row)
+        part = tl.where(is_row, rows, 0) // rank
+        is_row &= tl.load(facts + 1 + part) > 0
+        sums = tl.zeros((SMALL,), tl.float32)
+        start = down + slot * wide * inputs
+        for k in range(0, inputs, WIDE):
+            columns = k + tl.arange(0, WIDE)
+            is_input = columns < inputs
+            own = tl.load(x + token * x_stride + columns, is_input, 0.0)
+            weights = tl.load(
+                start + rows[:, None].to(tl.int64) * inputs + columns[None, :],
+                is_row[:, None] & is_input[None, :],
+                0.0,
+            )
+            sums += tl.sum(weights.to(tl.float32) * own.to(tl.float32)[None, :], 1)
+        tl.store(hidden + token * wide + rows, sums, is_row)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -118,21 +128,18 @@ def _expand(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    token = tl.program_id(0)
-    slot = tl.load(token_slots + token).to(tl.int64)
-    if slot >= 0:
-        rank = tl.load(slots + slot * (1 + PARTS))
-        if rank > 0:
-            columns = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-            part = (columns >= second).to(tl.int32) + (columns >= third).to(tl.int32)
-            is_output = columns < outputs
-            is_held = tl.load(slots + slot * (1 + PARTS) + 1 + part, is_output, 0) > 0
-            place = out + token.to(tl.int64) * out_stride + columns
-            sums = tl.load(place, is_output, 0.0).to(tl.float32)
-            between = hidden + token.to(tl.int64) * wide + part * rank
-            weights = up + slot * max_rank * outputs + columns
-            for i in range(rank):
-                factor = tl.load(between + i, is_held, 0.0)
-                sums += factor * tl.load(weights, is_held, 0.0).to(tl.float32)
-                weights += outputs
-            tl.store(place, sums.to(out.dtype.element_ty), is_output)
+    token, slot, facts, rank = _slot_of_token(token_slots, slots, PARTS)
+    if rank > 0:
+        columns = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+        part = (columns >= second).to(tl.int32) + (columns >= third).to(tl.int32)
+        is_output = columns < outputs
+        is_held = tl.load(facts + 1 + part, is_output, 0) > 0
+        place = out + token * out_stride + columns
+        sums = tl.load(place, is_output, 0.0).to(tl.float32)
+        between = hidden + token * wide + part * rank
+        weights = up + slot * max_rank * outputs + columns
+        for i in range(rank):
+            factor = tl.load(between + i, is_held, 0.0)
+            sums += factor * tl.load(weights, is_held, 0.0).to(tl.float32)
+            weights += outputs
+        tl.store(place, sums.to(out.dtype.element_ty), is_output)

@@ -1,8 +1,8 @@
 """Attention over the paged cache: one door, several backends.
 
 A step's keys and values are in the pages before ``attention`` is called. ``reference`` is plainly
-right; ``cpu`` is the fast one on processors; ``sdpa`` runs anywhere; ``triton`` and ``varlen`` are
-CUDA's (model/attention_cuda.py).
+right; ``cpu`` is the fast one on processors; ``sdpa`` runs anywhere; ``triton``, ``varlen`` and
+``flashinfer`` are CUDA's (model/attention_cuda.py).
 """
 
 # T tokens, S rows, H query heads, K key heads, G = H / K, D head size, P tokens a page
@@ -23,7 +23,7 @@ from model.kv_format import Pages, format_name, layer_pages
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "cpu", "sdpa", "triton", "varlen")
+BACKENDS = ("auto", "reference", "cpu", "sdpa", "triton", "varlen", "flashinfer")
 
 
 class UnknownBackend(ValueError):
@@ -39,14 +39,14 @@ def choose_backend(
 ) -> str:
     """The backend a name stands for on a device. Raises UnknownBackend with the reason.
 
-    ``varlen`` reads pages of the model's own dtype alone; other caches go to ``triton``, or where
-    that is not to be had to ``sdpa``.
+    ``varlen`` reads pages of the model's own dtype alone; other caches go to what ``auto`` is. On
+    CUDA that is ``triton``, else ``flashinfer`` where it serves such a model, else ``sdpa``.
     """
     if name not in BACKENDS:
         raise UnknownBackend(f"attention backend {name!r}: one of {', '.join(BACKENDS)} is meant")
     pages = cache_dtype or dtype
-    if name in ("triton", "varlen"):
-        _check_cuda_backend(name, device, pages)
+    if name in ("triton", "varlen", "flashinfer"):
+        _check_cuda_backend(name, device, dtype, head_size, pages)
     if name == "cpu" and device.type != "cpu":
         raise UnknownBackend(f"attention backend 'cpu' cannot run on {device}")
     if name == "varlen" and pages != dtype:
@@ -59,18 +59,25 @@ def choose_backend(
     if name != "auto":
         return name
     if device.type == "cuda":
-        from model.attention_cuda import triton_available
+        from model.attention_cuda import flashinfer_refusal, triton_available
 
-        return "triton" if triton_available(pages) else "sdpa"
+        if triton_available(pages):
+            return "triton"
+        return "sdpa" if flashinfer_refusal(dtype, head_size, pages) else "flashinfer"
     return "cpu" if device.type == "cpu" else "sdpa"
 
 
-def _check_cuda_backend(name: str, device: torch.device, pages: torch.dtype) -> None:
-    from model.attention_cuda import triton_available, varlen_available
+def _check_cuda_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int, pages: torch.dtype
+) -> None:
+    from model.attention_cuda import flashinfer_refusal, triton_available, varlen_available
 
     if device.type != "cuda":
         raise UnknownBackend(f"attention backend {name!r} needs a CUDA device, this is {device}")
-    if not (triton_available(pages) if name == "triton" else varlen_available()):
+    if name == "flashinfer":
+        if refusal := flashinfer_refusal(dtype, head_size, pages):
+            raise UnknownBackend(f"attention backend 'flashinfer': {refusal}")
+    elif not (triton_available(pages) if name == "triton" else varlen_available()):
         raise UnknownBackend(f"attention backend {name!r} is not available on this machine")
 
 
@@ -94,6 +101,10 @@ def attention(
         from model.attention_cuda import paged_attention
 
         return paged_attention(q, keys, values, batch, scale, window, backend, scales)
+    if backend == "flashinfer":
+        from model.attention_flashinfer import FlashInfer
+
+        return FlashInfer.beside(cache).attend(q, keys, values, batch, scale, window)
     return gathered(q, keys, values, batch, scale, window, scales)
 
 

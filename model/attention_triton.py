@@ -18,6 +18,8 @@ hardware from compute capability 8.9 on, else (and in the interpreter) by moving
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -55,36 +57,24 @@ def decode(
     split = split_length(block_tables.size(1) * page_size)
     num_splits = triton.cdiv(block_tables.size(1) * page_size, split)
     group = num_heads // num_kv_heads
-    head_pad = triton.next_power_of_2(head_size)
     partial = q.new_empty((num_rows, num_heads, num_splits, head_size), dtype=torch.float32)
     weights = q.new_empty((num_rows, num_heads, num_splits), dtype=torch.float32)
-    fp8_codes = _needs_codes(k_pages)
-    if fp8_codes:
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    k_scales, v_scales, *scale_strides = _scale_arguments(scales, weights)
+    pages, strides, constants = _page_arguments(k_pages, v_pages, scales, weights)
     _decode_split[(num_rows, num_kv_heads, num_splits)](
-        *(q, k_pages, v_pages, k_scales, v_scales, partial, weights, block_tables, contexts),
+        *(q, *pages, partial, weights, block_tables, contexts),
         scale * _LOG2_E,
-        *(q.stride(0), q.stride(1), block_tables.stride(0)),
-        *(*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_strides),
+        *(q.stride(0), q.stride(1), block_tables.stride(0), *strides),
         *(num_heads, num_splits),
         WINDOW=window or 0,
         GROUP=group,
         GROUP_PAD=max(_MIN_DOT, triton.next_power_of_2(group)),
-        HEAD=head_size,
-        HEAD_PAD=max(_MIN_DOT, head_pad),
-        PAGE=page_size,
         SPLIT=split,
-        KEYS=_keys_at_once(head_pad),
-        FP8_CODES=fp8_codes,
-        SCALED=scales is not None,
-        num_warps=4 if head_pad <= 128 else 8,
-        **_OPTIONS,
+        **constants,
     )
     _merge_splits[(num_rows, num_heads)](
         *(partial, weights, out, contexts, num_heads, num_splits),
         HEAD=head_size,
-        HEAD_PAD=head_pad,
+        HEAD_PAD=triton.next_power_of_2(head_size),
         WINDOW=window or 0,
         SPLIT=split,
         SPLITS=min(16, triton.next_power_of_2(num_splits)),
@@ -112,45 +102,28 @@ def prefill(
     sequence's queries. Only the rows between the starts are written.
     """
     assert q.stride(-1) == out.stride(-1) == k_pages.stride(-1) == v_pages.stride(-1) == 1
-    num_rows = contexts.size(0)
-    num_heads, head_size = q.shape[1:]
-    num_kv_heads, page_size = k_pages.shape[1:3]
-    group = num_heads // num_kv_heads
+    num_rows, num_kv_heads = contexts.size(0), k_pages.size(1)
+    group = q.size(1) // num_kv_heads
     group_pad = triton.next_power_of_2(group)
     pairs = 64 if q.element_size() <= 2 else 32  # float32 must fit small shared memories too
     queries = max(1, pairs // group_pad)
-    head_pad = triton.next_power_of_2(head_size)
-    fp8_codes = _needs_codes(k_pages)
-    if fp8_codes:
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    k_scales, v_scales, *scale_strides = _scale_arguments(scales, q)
+    pages, strides, constants = _page_arguments(k_pages, v_pages, scales, q)
     _prefill_chunk[(triton.cdiv(max_queries, queries), num_rows, num_kv_heads)](
-        *(q, k_pages, v_pages, k_scales, v_scales, out, block_tables, contexts, query_starts),
+        *(q, *pages, out, block_tables, contexts, query_starts),
         scale * _LOG2_E,
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_tables.stride(0)),
-        *(*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_strides),
+        *strides,
         WINDOW=window or 0,
         GROUP=group,
         GROUP_PAD=group_pad,
         QUERIES=queries,
-        HEAD=head_size,
-        HEAD_PAD=max(_MIN_DOT, head_pad),
-        PAGE=page_size,
-        KEYS=_keys_at_once(head_pad),
-        FP8_CODES=fp8_codes,
-        SCALED=scales is not None,
-        num_warps=4 if head_pad <= 128 else 8,
-        **_OPTIONS,
+        **constants,
     )
 
 
 def split_length(max_context: int) -> int:
     """Keys a split: short enough to fill the device, and never more than 32 splits."""
     return max(_MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_context, _MAX_SPLITS))))
-
-
-def _keys_at_once(head_pad: int) -> int:
-    return 64 if head_pad <= 128 else 32
 
 
 def _needs_codes(pages: Tensor) -> bool:
@@ -161,13 +134,35 @@ def _needs_codes(pages: Tensor) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY
 
 
-def _scale_arguments(scales: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """Scales of keys and of values, and how far a page and a head lie apart in them."""
-    if scales is None:
-        return unread, unread, 0, 0  # a kernel's argument must be something
-    of_keys, of_values = scales.unbind()  # [N, K, P]
-    assert of_keys.stride(-1) == 1
-    return of_keys, of_values, of_keys.stride(0), of_keys.stride(1)
+def _page_arguments(
+    k_pages: Tensor, v_pages: Tensor, scales: Tensor | None, unread: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels find keys and values by: tensors, strides and constants.
+
+    ``unread`` is handed over where there are no scales: an argument must be something.
+    """
+    has_codes = _needs_codes(k_pages)
+    if has_codes:
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    k_scales, v_scales = (unread, unread) if scales is None else scales.unbind()  # [N, K, P]
+    assert scales is None or scales.stride(-1) == 1
+    scale_strides = (0, 0) if scales is None else k_scales.stride()[:2]
+    head_size = k_pages.size(-1)
+    head_pad = triton.next_power_of_2(head_size)
+    return (
+        (k_pages, v_pages, k_scales, v_scales),
+        (*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_strides),
+        {
+            "HEAD": head_size,
+            "HEAD_PAD": max(_MIN_DOT, head_pad),
+            "PAGE": k_pages.size(2),
+            "KEYS": 64 if head_pad <= 128 else 32,
+            "FP8_CODES": has_codes,
+            "SCALED": scales is not None,
+            "num_warps": 4 if head_pad <= 128 else 8,
+            **_OPTIONS,
+        },
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -179,6 +174,76 @@ def _widened(  # type: ignore[no-untyped-def]
         moved = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
         return (moved.to(tl.float32, bitcast=True) * _FP8_BIAS).to(dtype)
     return stored.to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_block(  # type: ignore[no-untyped-def]
+    query,  # [rows, D]
+    positions,  # [rows]: the last key each row sees
+    first,
+    end,  # keys from here on are not looked at
+    highest,
+    total,
+    mixed,
+    k_pages,
+    v_pages,
+    k_scales,
+    v_scales,
+    table,
+    kv_head,
+    scale,
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    scale_page_stride,
+    scale_head_stride,
+    WINDOW: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    FP8_CODES: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """The running softmax (highest score, sum of weights, mixed values) after KEYS more keys."""
+    keyed = first + tl.arange(0, KEYS)
+    is_key = keyed < end
+    if PAGE % KEYS == 0:  # all of them in one page
+        page = tl.load(table + first // PAGE).to(tl.int64)
+    else:
+        page = tl.load(table + keyed // PAGE, mask=is_key, other=0).to(tl.int64)
+    inside = keyed % PAGE
+    places = tl.arange(0, HEAD_PAD)
+    is_entry = is_key[:, None] & (places < HEAD)[None, :]
+    k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
+    keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+    keys = _widened(keys, FP8_CODES, query.dtype)
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    if SCALED:
+        scaled = page * scale_page_stride + kv_head * scale_head_stride + inside
+        scores *= tl.load(k_scales + scaled, mask=is_key, other=0.0)[None, :]
+    is_seen = is_key[None, :] & (keyed[None, :] <= positions[:, None])
+    if WINDOW > 0:
+        is_seen &= keyed[None, :] > positions[:, None] - WINDOW
+    scores = tl.where(is_seen, scores, float("-inf"))
+
+    peak = tl.maximum(highest, tl.max(scores, 1))
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    shares = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(highest - shift)
+    v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
+    values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
+    if SCALED:
+        v_scale = tl.load(v_scales + scaled, mask=is_key, other=0.0)
+        values = (values.to(tl.float32) * v_scale[:, None]).to(query.dtype)
+    else:
+        values = _widened(values, FP8_CODES, query.dtype)
+    mixed = mixed * fade[:, None]
+    mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+    return peak, total * fade + tl.sum(shares, 1), mixed
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -238,40 +303,17 @@ def _decode_split(  # type: ignore[no-untyped-def]
     highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     mixed = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    table = tables + row * table_stride
+    positions = tl.full([GROUP_PAD], context - 1, tl.int32)
     for first in range(start, end, KEYS):
-        positions = first + tl.arange(0, KEYS)
-        is_key = (positions < end) & (positions >= oldest)
-        if PAGE % KEYS == 0:  # all of them in one page
-            page = tl.load(tables + row * table_stride + first // PAGE).to(tl.int64)
-        else:
-            pages = tables + row * table_stride + positions // PAGE
-            page = tl.load(pages, mask=positions < end, other=0).to(tl.int64)
-        inside = positions % PAGE
-        is_entry = (positions < end)[:, None] & is_place[None, :]
-        k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
-        keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
-        keys = _widened(keys, FP8_CODES, query.dtype)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        if SCALED:
-            scaled = page * scale_page_stride + kv_head * scale_head_stride + inside
-            scores *= tl.load(k_scales + scaled, mask=positions < end, other=0.0)[None, :]
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-
-        peak = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        shares = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(highest - shift)
-        v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
-        values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
-        if SCALED:
-            v_scale = tl.load(v_scales + scaled, mask=positions < end, other=0.0)
-            values = (values.to(tl.float32) * v_scale[:, None]).to(query.dtype)
-        else:
-            values = _widened(values, FP8_CODES, query.dtype)
-        mixed = mixed * fade[:, None]
-        mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
-        total = total * fade + tl.sum(shares, 1)
-        highest = peak
+        highest, total, mixed = _attend_block(
+            *(query, positions, first, end, highest, total, mixed),
+            *(k_pages, v_pages, k_scales, v_scales, table, kv_head, scale),
+            *(k_page_stride, k_head_stride, k_token_stride),
+            *(v_page_stride, v_head_stride, v_token_stride),
+            *(scale_page_stride, scale_head_stride),
+            *(WINDOW, HEAD, HEAD_PAD, PAGE, KEYS, FP8_CODES, SCALED),
+        )
 
     divisor = tl.where(total > 0, total, 1.0)
     weight = tl.where(total > 0, highest + tl.log2(divisor), float("-inf"))
@@ -387,42 +429,16 @@ def _prefill_chunk(  # type: ignore[no-untyped-def]
     highest = tl.full([QUERIES * GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES * GROUP_PAD], tl.float32)
     mixed = tl.zeros([QUERIES * GROUP_PAD, HEAD_PAD], tl.float32)
+    table = tables + row * table_stride
     for first in range(oldest // KEYS * KEYS, end, KEYS):
-        keyed = first + tl.arange(0, KEYS)
-        if PAGE % KEYS == 0:  # all of them in one page
-            page = tl.load(tables + row * table_stride + first // PAGE).to(tl.int64)
-        else:
-            pages = tables + row * table_stride + keyed // PAGE
-            page = tl.load(pages, mask=keyed < end, other=0).to(tl.int64)
-        inside = keyed % PAGE
-        is_entry = (keyed < end)[:, None] & is_place[None, :]
-        k_rows = page * k_page_stride + kv_head * k_head_stride + inside * k_token_stride
-        keys = tl.load(k_pages + k_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
-        keys = _widened(keys, FP8_CODES, query.dtype)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        if SCALED:
-            scaled = page * scale_page_stride + kv_head * scale_head_stride + inside
-            scores *= tl.load(k_scales + scaled, mask=keyed < end, other=0.0)[None, :]
-        is_seen = keyed[None, :] <= positions[:, None]
-        if WINDOW > 0:
-            is_seen &= keyed[None, :] > positions[:, None] - WINDOW
-        scores = tl.where(is_seen, scores, float("-inf"))
-
-        peak = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        shares = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(highest - shift)
-        v_rows = page * v_page_stride + kv_head * v_head_stride + inside * v_token_stride
-        values = tl.load(v_pages + v_rows[:, None] + places[None, :], mask=is_entry, other=0.0)
-        if SCALED:
-            v_scale = tl.load(v_scales + scaled, mask=keyed < end, other=0.0)
-            values = (values.to(tl.float32) * v_scale[:, None]).to(query.dtype)
-        else:
-            values = _widened(values, FP8_CODES, query.dtype)
-        mixed = mixed * fade[:, None]
-        mixed += tl.dot(shares.to(values.dtype), values, input_precision="ieee")
-        total = total * fade + tl.sum(shares, 1)
-        highest = peak
+        highest, total, mixed = _attend_block(
+            *(query, positions, first, end, highest, total, mixed),
+            *(k_pages, v_pages, k_scales, v_scales, table, kv_head, scale),
+            *(k_page_stride, k_head_stride, k_token_stride),
+            *(v_page_stride, v_head_stride, v_token_stride),
+            *(scale_page_stride, scale_head_stride),
+            *(WINDOW, HEAD, HEAD_PAD, PAGE, KEYS, FP8_CODES, SCALED),
+        )
 
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     out_offsets = (tokens * out_token_stride + heads * out_head_stride)[:, None] + places[None, :]

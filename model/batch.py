@@ -58,6 +58,8 @@ class Batch:
     adapters: AdapterRows | None = None  # None where no row has one
     # What a cache or an attention backend works out once a step and reads in every layer.
     prepared: dict[Any, Any] = field(default_factory=dict)
+    # An attention backend's, of a batch that a CUDA graph is captured over: made before that.
+    fixed_plans: object | None = None
 
     @property
     def num_tokens(self) -> int:

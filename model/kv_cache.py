@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ class KVCache:
             self.scales = [
                 zeros(shape[:-1], torch.float32, device) for _ in range(config.num_layers)
             ]
+        self.kept: dict[Any, Any] = {}  # what an attention backend needs beside it in every step
 
     @property
     def layers(self) -> list[Tensor]:
@@ -105,6 +108,7 @@ class KVCache:
     def close(self) -> None:
         """Gives the memory back; the cache cannot be used afterwards."""
         self._layers, self.keys, self.values, self.scales = [], [], [], []
+        self.kept.clear()
 
 
 def as_bytes(pages: Tensor) -> Tensor:

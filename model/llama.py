@@ -141,6 +141,12 @@ class Llama(nn.Module):
         if self.compiled is not None:
             self.compiled.plan_anew()
 
+    @property
+    def serves_adapters_by_token(self) -> bool:
+        """Whether there are slots, and no launch depends on which of them a step goes through."""
+        held = [projection.linear.adapters for projection in self.projections().values()]
+        return all(slots is not None and slots.serves_by_token for slots in held)
+
     def fill_adapter_slot(self, slot: int, adapter: Adapter) -> None:
         """What the slot held before is gone; steps queued on the device still see it."""
         by_linear: dict[Linear, dict[int, LowRank]] = {}

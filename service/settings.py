@@ -149,9 +149,9 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(
         True, description="Keep computed prompts for requests that begin alike"
     )
-    attention_backend: Literal["auto", "reference", "cpu", "sdpa", "triton", "varlen"] = Field(
-        "auto", description="Attention kernel; auto takes the best one present"
-    )
+    attention_backend: Literal[
+        "auto", "reference", "cpu", "sdpa", "triton", "varlen", "flashinfer"
+    ] = Field("auto", description="Attention kernel; auto takes the best one present")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of the layers; auto: on a GPU, where it is faster"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,3 +93,23 @@ def test_the_http_process_loads_no_torch(module: str) -> None:
 def test_no_file_is_named_for_what_it_is_not() -> None:
     vague = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
     assert [path for path in SOURCES if path.name in vague] == []
+
+
+# A GPU machine may have no more than torch, triton, numpy, safetensors and pytest.
+ABSENT = (
+    *("fastapi", "pydantic", "pydantic_settings", "msgspec", "httpx", "uvicorn", "typer", "rich"),
+    *("tokenizers", "sentencepiece", "gguf", "huggingface_hub", "transformers"),
+)
+BARE = """
+import sys
+sys.modules |= dict.fromkeys(sys.argv[1:])
+import pytest
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--collect-only", "-q", "tests/gpu"]))
+"""
+
+
+def test_gpu_tests_need_no_more_than_a_bare_machine_has() -> None:
+    command = [sys.executable, "-c", BARE, *ABSENT]
+    without = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3_000:] + run.stderr[-2_000:]

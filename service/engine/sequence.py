@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.prefix import GRAIN, PrefixChain, chain_root
@@ -113,20 +113,8 @@ class Request:
         reason, stop_reason, error = ending or (None, None, None)
         tokens = [draw.token for draw in draws]
         logprobs = [draw.logprob for draw in draws if draw.logprob is not None] or None
-        if self.is_answered:
-            return Output(
-                self.submit.id,
-                choice,
-                tokens,
-                logprobs,
-                reason,
-                stop_reason,
-                error,
-                num_accepted=tally.accepted,
-                num_rejected=tally.rejected,
-            )
+        beside = {} if self.is_answered else self._beside_the_first_output(now)
         self.is_answered = True
-        started = self.first_scheduled
         return Output(
             self.submit.id,
             choice,
@@ -135,11 +123,19 @@ class Request:
             reason,
             stop_reason,
             error,
-            self.cached_tokens or 0,
-            None if self.lacks_prompt_logprobs else self.prompt_logprobs,
-            (now if started is None else started) - self.arrival,
-            None if started is None else now - started,
+            num_accepted=tally.accepted,
+            num_rejected=tally.rejected,
+            **beside,
         )
+
+    def _beside_the_first_output(self, now: float) -> dict[str, Any]:
+        started = self.first_scheduled
+        return {
+            "cached_tokens": self.cached_tokens or 0,
+            "prompt_logprobs": None if self.lacks_prompt_logprobs else self.prompt_logprobs,
+            "queue_time": (now if started is None else started) - self.arrival,
+            "prefill_time": None if started is None else now - started,
+        }
 
 
 @dataclass(slots=True, eq=False)

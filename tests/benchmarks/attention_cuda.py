@@ -38,11 +38,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {shape}")
     print(f"device copy: {bandwidth / 1e12:.2f} TB/s read and written")
-    backends = {
-        "triton": (attention_cuda.triton_available, attention_cuda.triton_attention),
-        "varlen": (attention_cuda.varlen_available, attention_cuda.varlen_attention),
-    }
-    ready = {name: attend for name, (is_there, attend) in backends.items() if is_there()}
+    ready = ready_backends(shape)
     print(f"{'':34}" + "".join(f"{name:>24}" for name in [*ready, "sdpa, contiguous"]))
     for rows, context in DECODES:
         num_bytes = 2 * rows * context * shape.kv_heads * shape.head_size * 2
@@ -55,6 +51,22 @@ def main() -> None:
         times = measure(shape, [(queries, context)], ready)
         rates = [f"{t * 1e6:9.1f} us {flops / t / 1e12:6.1f} TF" for t in times]
         print(f"chunk {queries:5} of context {context:6}    " + "".join(f"{s:>24}" for s in rates))
+
+
+def ready_backends(shape: Shape) -> dict[str, attention_cuda.Attend]:
+    ready: dict[str, attention_cuda.Attend] = {}
+    if attention_cuda.triton_available():
+        ready["triton"] = attention_cuda.triton_attention
+    if attention_cuda.varlen_available():
+        ready["varlen"] = attention_cuda.varlen_attention
+    refusal = attention_cuda.flashinfer_refusal(torch.bfloat16, shape.head_size)
+    if refusal is None:
+        from model.attention_flashinfer import FlashInfer
+
+        ready["flashinfer"] = FlashInfer(torch.device("cuda")).attend
+    else:
+        print(f"without flashinfer: {refusal}")
+    return ready
 
 
 def read_shape() -> Shape:

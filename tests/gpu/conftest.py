@@ -1,6 +1,6 @@
 """Everything here runs on a CUDA device, and skips itself without one.
 
-Needs nothing but torch, triton, safetensors and pytest: ``python -m pytest tests/gpu``.
+Needs nothing but torch, triton, numpy, safetensors and pytest: ``python -m pytest tests/gpu``.
 """
 
 from __future__ import annotations

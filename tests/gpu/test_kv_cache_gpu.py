@@ -36,6 +36,20 @@ def test_triton_reads_quantized_pages_as_what_they_hold(
     torch.testing.assert_close(out.float(), reference(case, window), atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_flashinfer_reads_fp8_pages_as_what_they_hold(window: int | None) -> None:
+    pages = KV_CACHE_DTYPES["fp8"]
+    if refusal := attention_cuda.flashinfer_refusal(torch.bfloat16, 64, pages):
+        pytest.skip(f"flashinfer: {refusal}")
+    case = random_case(ROWS, page=256, unread=0.0).to("cuda", torch.bfloat16)
+    stored, _ = quantize(torch.stack((case.k_pages, case.v_pages)), pages)
+    out = attention_cuda.flashinfer_attention(
+        case.q, *stored.unbind(), case.batch, case.scale, window
+    )
+    case.k_pages, case.v_pages = dequantize(stored, None, torch.float32)
+    torch.testing.assert_close(out.float(), reference(case, window), atol=3e-2, rtol=3e-2)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_pages_come_back_from_host_memory_while_the_device_goes_on_writing(name: str) -> None:
     """Every page is overwritten right after its store is queued, without waiting."""

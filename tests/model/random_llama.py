@@ -27,7 +27,12 @@ SHAPE = {
 
 
 def random_llama(
-    device: str, attention: str = "auto", dtype: torch.dtype = torch.float32, **changes: Any
+    device: str,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    *,
+    pack: bool = True,
+    **changes: Any,
 ) -> Llama:
     """The same weights on every device: logits far enough apart that rounding decides nothing."""
     config = ModelConfig.from_huggingface(SHAPE | changes)
@@ -36,7 +41,8 @@ def random_llama(
     for name, slot in model.slots().items():
         weight = torch.randn(slot.shape, generator=generator)
         slot.fill(weight * 0.1 + 1 if "norm" in name else weight * 0.15)
-    model.pack()
+    if pack:
+        model.pack()
     return model.eval()
 
 

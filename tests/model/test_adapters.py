@@ -277,6 +277,13 @@ def test_neighbouring_rows_of_one_slot_are_one_run() -> None:
 # --------------------------------------------------------------------------- ranks of a group
 
 
+def test_many_rows_of_one_token_are_never_a_long_run() -> None:
+    """However many go through one slot: a CUDA graph serves short runs alone."""
+    runs = runs_of([3] * 100, [1] * 100)
+    assert [run.end - run.first for run in runs] == [LONG_RUN] * 3 + [4]
+    assert token_slots(runs, 100) == [3] * 100
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_shares_of_an_adapter_come_to_the_whole(by_rows: bool) -> None:
     parts, inputs, ranks = (8, 4, 4), 12, 2

@@ -6,10 +6,15 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
+from model import adapters
 from model.batch import BatchBuilder, BatchRow
 from model.cuda_graphs import DecodeGraphs, PaddedDecodes, buckets
 from model.kv_cache import KVCache
+from model.llama import Llama
+from model.lora import Adapter, LowRank
+from tests.model.graph_tape import Tape, by_token, graphable_llama
 from tests.model.random_llama import random_llama
 
 
@@ -46,6 +51,20 @@ def test_a_padded_batch_gives_its_rows_the_logits_of_the_batch_alone() -> None:
         torch.testing.assert_close(logits[: len(rows)], expected)
 
 
+def test_padding_goes_through_no_adapter() -> None:
+    builder = BatchBuilder(8, 4, 1, 16)
+    padded = PaddedDecodes(4, 1, 16, torch.device("cpu"))
+    for slots in ([0, 2, None, 1], [None, 1]):
+        rows = [BatchRow([5], 0, [1], 1, adapter=slot) for slot in slots]
+        padded.fill(builder.build(rows), 4)
+        rows_of_adapters = padded.batch(4, has_adapters=True).adapters
+        assert rows_of_adapters is not None
+        assert rows_of_adapters.slots is not None
+        wanted = [-1 if slot is None else slot for slot in slots] + [-1] * (4 - len(slots))
+        assert rows_of_adapters.slots.tolist() == wanted
+    assert padded.batch(4).adapters is None
+
+
 def test_without_a_capture_every_batch_runs_eagerly() -> None:
     model = random_llama("cpu", "reference")
     cache = KVCache(model.config, 4, 16, torch.float32, "cpu")
@@ -55,17 +74,64 @@ def test_without_a_capture_every_batch_runs_eagerly() -> None:
     assert torch.equal(graphs.forward(batch), model.forward(batch, cache))
 
 
-def test_rows_with_adapters_are_not_replayed_without_them() -> None:
-    class Trap:
-        def replay(self) -> None:
-            raise AssertionError("a graph knows no adapter")
+@pytest.mark.usefixtures("flashinfer")
+@torch.inference_mode()
+def test_replayed_rows_go_through_the_adapters_of_their_step(
+    tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_by_token", lambda device: by_token)
+    monkeypatch.setattr(adapters, "_kernel", lambda slots: None)
+    model = graphable_llama()
+    model.make_adapter_slots(3, 4)
+    cache = KVCache(model.config, 20, 16, torch.bfloat16, "cpu")
+    builder = BatchBuilder(64, 8, 4, 16)
+    graphs = DecodeGraphs(model, cache, 6, 4)
+    graphs.capture()  # with empty slots, as at the start
+    assert len(tapes) == 2 * len(graphs.buckets)
+    fill_slot(model, 0, ["o_proj"], rank=4)
+    fill_slot(model, 2, ["down_proj", "v_proj"], rank=2)
 
-    model = random_llama("cpu", "reference")
+    def logits(slots: list[int | None], *, replayed: bool) -> Tensor:
+        rows = [BatchRow([7 + i], 0, [1 + i], 1, adapter=slot) for i, slot in enumerate(slots)]
+        batch = builder.build(rows)
+        return graphs.forward(batch) if replayed else model.forward(batch, cache)
+
+    for slots in ([0, 2, None], [2], [None, None], [2, 2, 2, 0, None, 1], [None, 0]):
+        found = logits(slots, replayed=True)
+        torch.testing.assert_close(found, logits(slots, replayed=False), atol=0.02, rtol=0.02)
+        bare = logits([None] * len(slots), replayed=False)
+        for row, slot in enumerate(slots):
+            assert torch.equal(found[row], bare[row]) == (slot in (None, 1)), "slot 1 is empty"
+    assert sum(tape.replays for tape in tapes) == 5
+    fill_slot(model, 2, [], rank=1)
+    assert torch.equal(logits([2], replayed=True), logits([None], replayed=True))
+
+
+def fill_slot(model: Llama, slot: int, modules: list[str], rank: int) -> None:
+    generator = torch.Generator().manual_seed(slot)
+    weights = {}
+    for name, projection in model.projections().items():
+        if name.rpartition(".")[2] in modules:
+            outputs, inputs = projection.shape
+            down, up = (torch.randn(rank, n, generator=generator) for n in (inputs, outputs))
+            weights[name] = LowRank(down.bfloat16() * 0.2, up.bfloat16() * 0.2)
+    model.fill_adapter_slot(slot, Adapter(weights))
+
+
+@pytest.mark.usefixtures("flashinfer")
+@torch.inference_mode()
+def test_a_bucket_without_adapters_does_not_serve_rows_with_them(tapes: list[Tape]) -> None:
+    """Where the device cannot tell slots apart by itself, such batches are not captured."""
+    model = graphable_llama()
     model.make_adapter_slots(1, 4)
-    cache = KVCache(model.config, 4, 16, torch.float32, "cpu")
+    fill_slot(model, 0, ["o_proj"], rank=4)
+    cache = KVCache(model.config, 4, 16, torch.bfloat16, "cpu")
     graphs = DecodeGraphs(model, cache, 4, 2)
-    graphs._graphs = dict.fromkeys(graphs.buckets, Trap())  # type: ignore[arg-type]
+    graphs.capture()
+    assert len(tapes) == len(graphs.buckets)
     builder = BatchBuilder(8, 2, 2, 16)
-    graphs.forward(builder.build([BatchRow([5], 0, [1], 1, adapter=0)]))
-    with pytest.raises(AssertionError, match="knows no adapter"):
-        graphs.forward(builder.build([BatchRow([5], 0, [1], 1)]))
+    batch = builder.build([BatchRow([5], 0, [1], 1, adapter=0)])
+    assert torch.equal(graphs.forward(batch), model.forward(batch, cache))
+    assert not any(tape.replays for tape in tapes)
+    graphs.forward(builder.build([BatchRow([5], 0, [1], 1)]))
+    assert sum(tape.replays for tape in tapes) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import adapters
 from model.adapters import AdapterRows, Run, token_slots
 from model.adapters_triton import add_by_token
 from tests.model.adapter_cases import RUNS, expected, random_slots
@@ -36,3 +37,22 @@ def test_tokens_of_long_runs_are_left_to_others() -> None:
     add_by_token(x, out, AdapterRows(runs, torch.tensor(token_slots(runs, 50)).int()), slots)
     assert not out[:40].any()
     assert out[40:].any()
+
+
+@pytest.mark.parametrize("layer", [(64,), (48, 16, 16)])
+def test_a_graph_serves_whatever_slots_its_tensor_comes_to_hold(
+    layer: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is recorded once knows no run; the slots may be filled, emptied and changed later."""
+    monkeypatch.setattr(adapters, "_by_token", lambda device: add_by_token)
+    slots = random_slots(torch.float32, layer, 64)
+    tokens = torch.full((31,), -1, dtype=torch.int32)
+    rows = AdapterRows([], tokens, is_any=True)
+    assert slots.adds_to(rows)
+    x, out = torch.randn(31, 64), torch.randn(31, sum(layer))
+    for runs in (RUNS, [Run(2, 0, 31)], []):
+        tokens.copy_(torch.tensor(token_slots(runs, 31)))
+        found = out.clone()
+        slots.add(x, found, rows)
+        wanted = expected(x, out, slots, runs)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-4)
