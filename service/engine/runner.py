@@ -22,8 +22,9 @@ from model.llama import Llama
 from model.logprobs import RawLogprob
 from model.lora import Adapter, LowRank, read_adapter
 from model.penalties import PenaltyState
-from model.sampler import Draw as RawDraw
-from model.sampler import DrawError, Drawn, Sampler, SamplingRow
+from model.sampler import Drawn, Sampler
+from model.sampling_row import Draw as RawDraw
+from model.sampling_row import DrawError, SamplingRow
 from model.stopwatch import Stopwatch
 from service.engine.capacity import Limits
 from service.engine.drafting import Drafter

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from model.penalties import PenaltyState
-from model.sampler import Sampler, SamplingRow
+from model.sampler import Sampler
+from model.sampling_row import SamplingRow
 
 PENALISED = SamplingRow(0, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from model.penalties import PenaltyState
-from model.sampler import Draw, DrawError, Sampler, SamplingRow
+from model.sampler import Sampler
+from model.sampling_row import Draw, DrawError, SamplingRow
 
 VOCAB = 128_256
 SETTINGS = [
