@@ -33,6 +33,18 @@ class DrawError(StrEnum):
 
 
 @dataclass(slots=True)
+class Packed:
+    """Room for the settings of a row as the compiled sampler reads them, made at the first draw.
+
+    Kept by who draws from the same settings at every step. Nothing of it changes with the row's
+    ``logits_row``, ``position``, ``banned`` and penalty counts; with any other field it is stale.
+    """
+
+    settings: bytes = b""
+    kept: list[Tensor] = field(default_factory=list)  # whose addresses are among them
+
+
+@dataclass(slots=True)
 class SamplingRow:
     """How one row is drawn. Fields mean what the wire's say.
 
@@ -59,6 +71,7 @@ class SamplingRow:
     output: Sequence[int] = ()
     penalties: PenaltyState | None = None
     logprobs: int | None = None  # alternatives besides the drawn token; None is off
+    packed: Packed | None = None
 
     def kind(self, vocab_size: int) -> Kind:
         if self.temperature < GREEDY_BELOW:

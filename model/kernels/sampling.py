@@ -19,9 +19,10 @@ from torch import Tensor
 from model.kernels import kernel_library
 from model.logprobs import MAX_ALTERNATIVES, RawLogprob
 from model.penalties import has_penalty, state_of, strengths
-from model.sampling_row import Draw, SamplingRow
+from model.sampling_row import Draw, Packed, SamplingRow
 
-_ROW = struct.Struct("@Q3P4i 2Q3Pd5i5f")  # field for field the struct Row of sampling.c
+# Field for field the struct Row of sampling.c: what each step brings, then a request's settings.
+_STEP, _SETTINGS = struct.Struct("@Q3P4i"), struct.Struct("@2Q3Pd5i5f")
 _GIVEN = 3  # after the kinds that draw: the token is known, its row is scored alone
 _OFF = -1
 _MASK = (1 << 64) - 1
@@ -110,8 +111,9 @@ class RowsKernel:
         """Of ``tokens[i]`` under ``logits[i]``."""
         assert logits.size(0) == len(tokens)
         wanted = min(num_alternatives, MAX_ALTERNATIVES, self._vocab_size)
-        rest = (0, 0, 0, 0, 0, 1.0, 0, -1, _GIVEN, 0, wanted, 1.0, 0.0, 1.0, 0.0, 0.0)
-        packed = [_ROW.pack(0, 0, 0, 0, i, 0, 0, token, *rest) for i, token in enumerate(tokens)]
+        given = _SETTINGS.pack(0, 0, 0, 0, 0, 1.0, 0, _OFF, _GIVEN, 0, wanted, 1, 0, 1, 0, 0)
+        steps = [_STEP.pack(0, 0, 0, 0, i, 0, 0, token) for i, token in enumerate(tokens)]
+        packed = [step + given for step in steps]
         drawn = DrawnRows([wanted] * len(tokens))
         self._call(b"".join(packed), len(tokens), logits, drawn)
         return [score for score in drawn.scores() if score is not None]
@@ -130,27 +132,27 @@ class RowsKernel:
 
     def _pack(self, row: SamplingRow, kept: list[object]) -> bytes:
         """The row as sampling.c reads it; what is ``kept`` has to outlive the call."""
+        packed = row.packed or Packed()
+        if not packed.settings:
+            packed.settings = self._settings(row, packed.kept)
+        kept.append(packed)
         seen, counts, num_seen = 0, 0, 0
         if has_penalty(row):
             state = state_of(row)
             kept.append(state)
             seen, counts, num_seen = state.addresses
-        return _ROW.pack(
-            row.position & _MASK,
-            seen,
-            counts,
-            _address(row.banned, torch.int64, kept) if row.banned else 0,
-            row.logits_row,
-            num_seen,
-            len(row.banned),
-            0,
-            *self._settings(row, kept),
+        banned: list[Tensor] = []
+        at = _address(row.banned, torch.int64, banned) if row.banned else 0
+        kept.append(banned)
+        step = _STEP.pack(
+            row.position & _MASK, seen, counts, at, row.logits_row, num_seen, len(row.banned), 0
         )
+        return step + packed.settings
 
-    def _settings(self, row: SamplingRow, kept: list[object]) -> tuple[float, ...]:
+    def _settings(self, row: SamplingRow, kept: list[Tensor]) -> bytes:
         own = row.draw_settings(self._vocab_size)
         bias, allowed = row.logit_bias, row.allowed
-        return (
+        return _SETTINGS.pack(
             row.seed & _MASK,
             row.choice & _MASK,
             _address(list(bias), torch.int64, kept) if bias else 0,
@@ -168,7 +170,7 @@ class RowsKernel:
         )
 
 
-def _address(values: Sequence[float] | Tensor, dtype: torch.dtype, kept: list[object]) -> int:
+def _address(values: Sequence[float] | Tensor, dtype: torch.dtype, kept: list[Tensor]) -> int:
     tensor = torch.as_tensor(values, dtype=dtype, device="cpu").contiguous()
     kept.append(tensor)
     return tensor.data_ptr()

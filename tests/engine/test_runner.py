@@ -153,12 +153,12 @@ def test_a_prompt_scored_and_not_continued_needs_no_draw(loaded: Loaded) -> None
     assert len(output.prompt_logprobs) == len(PROMPT)
 
 
-def test_penalty_states_are_forgotten_with_their_sequences(loaded: Loaded) -> None:
+def test_what_draws_have_in_common_is_forgotten_with_their_sequences(loaded: Loaded) -> None:
     penalised = greedy(repetition_penalty=1.5, frequency_penalty=0.5, max_tokens=12)
     together = answer(loaded, *(Submit(i, PROMPT[i:], [penalised] * 2) for i in range(3)))
     assert all(len(tokens(outputs)) == 12 for outputs in together.values())
     answer(loaded, Submit(9, PROMPT, [greedy(max_tokens=1)]))
-    assert loaded.runner.num_penalty_states == 0
+    assert loaded.runner.num_kept_choices == 1  # of the step before none is left
 
 
 def test_a_bad_word_is_barred_only_where_it_would_be_completed(loaded: Loaded) -> None:

@@ -17,7 +17,7 @@ from model.logprobs import prompt_logprobs
 from model.penalties import PenaltyState, adjust
 from model.random_draws import uniform
 from model.sampler import DrawnGroups, Sampler
-from model.sampling_row import Draw, DrawError, Kind, SamplingRow
+from model.sampling_row import Draw, DrawError, Kind, Packed, SamplingRow
 
 pytestmark = pytest.mark.skipif(
     rows_kernel(8, 1) is None, reason=f"no kernels here: {kernel_status()[1]}"
@@ -217,3 +217,13 @@ def test_logits_that_are_no_number_beside_an_allowed_one_spoil_its_logprob_alone
     plain, scored = compiled(logits, [allowed, replace(allowed, logprobs=1)])
     assert plain.token == (3 if logits[0, 3] >= logits[0, 4] else 4)
     assert scored.error is DrawError.NOT_FINITE
+
+
+def test_packed_settings_serve_every_step_of_a_request() -> None:
+    logits = logits_of(4, 500)
+    allowed = list(range(0, 500, 3))
+    row = SamplingRow(0, seed=4, top_p=0.9, logit_bias={9: 2.0}, allowed=allowed, logprobs=2)
+    kept = Packed()
+    for position in range(40):
+        step = replace(row, logits_row=position % 4, position=position, banned=[3 * position])
+        assert compiled(logits, [replace(step, packed=kept)]) == compiled(logits, [step])
