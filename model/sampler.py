@@ -57,11 +57,14 @@ class Drawn(Protocol):
 class Sampler:
     """Stateless but for the size of its vocabulary."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", *, compiled: bool = True
+    ) -> None:
+        """``compiled=False`` draws by tensor operations where kernels are there, too."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._kernel: RowsKernel | None = None
-        if self.device.type == "cpu":
+        if compiled and self.device.type == "cpu":
             self._kernel = rows_kernel(vocab_size, torch.get_num_threads())
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawn:

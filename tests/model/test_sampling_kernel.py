@@ -35,9 +35,7 @@ def compiled(logits: Tensor, rows: list[SamplingRow], threads: int = 2) -> list[
 
 
 def by_tensors(logits: Tensor, rows: list[SamplingRow]) -> list[Draw]:
-    sampler = Sampler(logits.size(1))
-    sampler._kernel = None
-    drawn = sampler.launch(logits, rows)
+    drawn = Sampler(logits.size(1), compiled=False).launch(logits, rows)
     assert isinstance(drawn, DrawnGroups)
     return drawn.collect()
 
