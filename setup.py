@@ -16,7 +16,12 @@ FLAGS = ["-O3", "-fopenmp", "-mfma", *(f"-mavx512{name}" for name in INSTRUCTION
 
 kernels = Extension(
     "model.kernels._kernels",
-    sources=["model/kernels/linear.c", "model/kernels/attention.c", "model/kernels/lora.c"],
+    sources=[
+        "model/kernels/linear.c",
+        "model/kernels/attention.c",
+        "model/kernels/lora.c",
+        "model/kernels/sampling.c",
+    ],
     depends=["model/kernels/vectors.h"],
     extra_compile_args=FLAGS,
     optional=True,

@@ -10,111 +10,62 @@ row, told apart by the row's own settings:
   among equals, over the kept prefix of that order. As in vLLM min-p is taken first, relative to
   the largest probability, then exactly k, then top-p of what those left.
 
-A filtered row is drawn from its few hundred largest logits. Where these do not show the end of the
-kept prefix, ``collect`` draws that row again from all of them. Either way gives the same token,
-because weights are whole multiples of 2^-35 whose float64 sums are exact in any order.
+On processors with compiled kernels all of it is one call (``model.kernels.sampling``), else tensor
+operations, here. These draw a filtered row from its few hundred largest logits; where these do not
+show the end of the kept prefix, ``collect`` draws that row again from all of them. Either way gives
+the same token, because weights are whole multiples of 2^-35 whose float64 sums are exact in any
+order. Between the compiled way and the other lies the rounding of ``exp``, no more.
 """
 
 # R rows drawn, n rows of one kind, V vocabulary, K candidates
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.drawing import DrawSettings, draw_by_id, draw_by_rank, pick_largest
 from model.flat_rows import draw_flat_rows
+from model.kernels.sampling import RowsKernel, rows_kernel
 from model.logprobs import PendingLogprobs, RawLogprob, launch_logprobs, prompt_logprobs
-from model.penalties import PenaltyState, adjust, is_adjusted
-from model.random_draws import uniform
+from model.penalties import adjust, is_adjusted
+from model.sampling_row import Draw, Kind, SamplingRow
 from model.transfers import HostCopy, to_device
 
-GREEDY_BELOW = 1e-5  # vLLM's; smaller temperatures leave the largest logit alone anyway
 _FEW, _MANY = 64, 256  # candidates: where every row has a small top-k, and else
 
 
-class _Kind(Enum):
-    GREEDY = auto()
-    UNFILTERED = auto()
-    FILTERED = auto()
+class Drawn(Protocol):
+    """Draws on their way: nothing has been waited for until ``collect``."""
 
+    @property
+    def tokens(self) -> Tensor:
+        """[R] int64, still on the device, at ``places``; a valid id also where the draw failed."""
 
-class DrawError(StrEnum):
-    """Why a row could not be drawn: that row fails, its neighbours do not."""
+    @property
+    def places(self) -> Sequence[int]:
+        """Where in ``tokens`` each row's is."""
 
-    NOT_FINITE = "the model's logits are not finite"
-    NOTHING_ALLOWED = "no token is left to draw: all are banned or not allowed"
-
-
-@dataclass(slots=True)
-class SamplingRow:
-    """How one row is drawn. Fields mean what the wire's say.
-
-    ``prompt`` and ``output`` are read only where a penalty is set and ``penalties`` is not given:
-    keep a ``PenaltyState`` for each penalised sequence, so that no step reads a long prompt again.
-    A long ``allowed`` may be an int64 tensor, for the same reason.
-    """
-
-    logits_row: int  # which row of the logits; several may share one
-    seed: int = 0
-    choice: int = 0
-    position: int = 0  # index the drawn token will have in its sequence
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 and -1 are off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    allowed: Sequence[int] | Tensor | None = None
-    banned: Sequence[int] = ()
-    prompt: Sequence[int] = ()
-    output: Sequence[int] = ()
-    penalties: PenaltyState | None = None
-    logprobs: int | None = None  # alternatives besides the drawn token; None is off
-
-    def kind(self, vocab_size: int) -> _Kind:
-        if self.temperature < GREEDY_BELOW:
-            return _Kind.GREEDY
-        if self.top_p < 1.0 or self.min_p > 0.0 or 0 < self.top_k < vocab_size:
-            return _Kind.FILTERED
-        return _Kind.UNFILTERED
-
-    def draw_settings(self, vocab_size: int) -> DrawSettings:
-        return DrawSettings(
-            uniform=uniform(self.seed, self.choice, self.position),
-            inverse_temperature=1.0 / max(self.temperature, GREEDY_BELOW),
-            top_k=self.top_k if 0 < self.top_k < vocab_size else vocab_size,
-            top_p=self.top_p,
-            log_min_p=math.log(self.min_p) if self.min_p > 0.0 else -math.inf,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """``token`` is -1 where there is an ``error``.
-
-    ``is_late`` where it was settled by ``collect``: ``Drawn.tokens`` has another one.
-    """
-
-    token: int
-    logprob: RawLogprob | None = None
-    error: DrawError | None = None
-    is_late: bool = False
+    def collect(self) -> list[Draw]:
+        """One ``Draw`` a row, in the rows' order. The one place that waits for the device."""
 
 
 class Sampler:
     """Stateless but for the size of its vocabulary."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", *, compiled: bool = True
+    ) -> None:
+        """``compiled=False`` draws by tensor operations where kernels are there, too."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._kernel: RowsKernel | None = None
+        if compiled and self.device.type == "cpu":
+            self._kernel = rows_kernel(vocab_size, torch.get_num_threads())
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawn:
         """Queues the draws of ``rows`` from ``logits`` [*, V] float32, which it never changes.
@@ -123,20 +74,24 @@ class Sampler:
         """
         assert logits.dtype == torch.float32, "sampling is done in float32"
         assert logits.size(1) == self.vocab_size, "logits of another vocabulary"
+        if self._kernel is not None and logits.is_contiguous():
+            return self._kernel.draw(logits, rows)
         groups = [
             _Group.launch(kind, logits, rows, members, self.vocab_size)
             for kind, members in self._members_by_kind(rows).items()
         ]
-        return Drawn(logits, rows, groups)
+        return DrawnGroups(logits, rows, groups)
 
     def prompt_logprobs(
         self, logits: Tensor, targets: Sequence[int], num_alternatives: int
     ) -> list[RawLogprob]:
         """Of ``targets[i]`` under ``logits[i]``: the prompt's tokens. Waits for the device."""
+        if self._kernel is not None and logits.is_contiguous():
+            return self._kernel.score(logits, targets, num_alternatives)
         return prompt_logprobs(logits, targets, num_alternatives)
 
-    def _members_by_kind(self, rows: Sequence[SamplingRow]) -> dict[_Kind, list[int]]:
-        members: dict[_Kind, list[int]] = {}
+    def _members_by_kind(self, rows: Sequence[SamplingRow]) -> dict[Kind, list[int]]:
+        members: dict[Kind, list[int]] = {}
         for index, row in enumerate(rows):
             members.setdefault(row.kind(self.vocab_size), []).append(index)
         return members
@@ -154,7 +109,7 @@ class _Group:
     @classmethod
     def launch(
         cls,
-        kind: _Kind,
+        kind: Kind,
         logits: Tensor,
         rows: Sequence[SamplingRow],
         members: list[int],
@@ -177,8 +132,8 @@ class _Group:
         return draw_flat_rows(logits, settings)
 
 
-class Drawn:
-    """Draws on their way: nothing has been waited for until ``collect``."""
+class DrawnGroups:
+    """``Drawn`` by tensor operations."""
 
     def __init__(self, logits: Tensor, rows: Sequence[SamplingRow], groups: list[_Group]) -> None:
         self._logits = logits
@@ -197,17 +152,14 @@ class Drawn:
 
     @property
     def tokens(self) -> Tensor:
-        """[R] int64, still on the device, at ``places``; a valid id also where the draw failed."""
         assert self._on_device is not None, "nothing is drawn"
         return self._on_device[:, 0].long().clamp_(0, self._logits.size(1) - 1)
 
     @property
     def places(self) -> list[int]:
-        """Where in ``tokens`` each row's is."""
         return sorted(range(len(self._order)), key=self._order.__getitem__)
 
     def collect(self) -> list[Draw]:
-        """One ``Draw`` a row, in the rows' order. The one place that waits for the device."""
         if self._drawn is None:
             return []
         outcomes = dict(zip(self._order, self._drawn.wait().tolist(), strict=True))
@@ -215,7 +167,7 @@ class Drawn:
         logprobs = self._read_logprobs()
         logprobs |= self._score_again([i for i in self._scored if i in redrawn], outcomes)
         return [
-            _as_draw(outcomes[i], logprobs.get(i), is_late=i in redrawn)
+            Draw.of(int(outcomes[i][0]), outcomes[i][1], logprobs.get(i), is_late=i in redrawn)
             for i in range(len(self._rows))
         ]
 
@@ -263,10 +215,10 @@ class Drawn:
         return [self._rows[i].logprobs or 0 for i in members]
 
 
-def _draw(kind: _Kind, logits: Tensor, settings: list[DrawSettings]) -> Tensor:
-    if kind is _Kind.GREEDY:
+def _draw(kind: Kind, logits: Tensor, settings: list[DrawSettings]) -> Tensor:
+    if kind is Kind.GREEDY:
         return pick_largest(logits)
-    if kind is _Kind.UNFILTERED:
+    if kind is Kind.UNFILTERED:
         return draw_by_id(logits, settings)
     is_small = all(row.top_k < _FEW for row in settings)
     return draw_by_rank(logits, settings, _FEW if is_small else _MANY)
@@ -278,12 +230,3 @@ def _take(logits: Tensor, rows: list[int], *, is_changed: bool) -> Tensor:
         view = logits[rows[0] : rows[0] + len(rows)]
         return view.clone() if is_changed else view
     return logits[to_device(torch.tensor(rows), logits.device)]
-
-
-def _as_draw(outcome: list[float], logprob: RawLogprob | None, *, is_late: bool) -> Draw:
-    token, best, _ = outcome
-    if best == -math.inf:
-        return Draw(-1, error=DrawError.NOTHING_ALLOWED)
-    if not math.isfinite(best) or (logprob is not None and math.isnan(logprob.logprob)):
-        return Draw(-1, error=DrawError.NOT_FINITE)
-    return Draw(int(token), logprob, is_late=is_late)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from model.batch import Batch, BatchBuilder, BatchRow
 from model.kv_cache import KVCache
 from model.llama import Llama
-from model.sampler import DrawError, Sampler, SamplingRow
+from model.sampler import Sampler
+from model.sampling_row import DrawError, SamplingRow
 from service.engine.capacity import Limits
 from service.engine.sequence import Choice, Sequence
 from service.engine.speculation import DRAFT

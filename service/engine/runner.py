@@ -7,7 +7,7 @@ while the device works), ``collect`` waits for what was drawn.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ from model.llama import Llama
 from model.logprobs import RawLogprob
 from model.lora import Adapter, LowRank, read_adapter
 from model.penalties import PenaltyState
-from model.sampler import Draw as RawDraw
-from model.sampler import DrawError, Drawn, Sampler, SamplingRow
+from model.sampler import Drawn, Sampler
+from model.sampling_row import Draw as RawDraw
+from model.sampling_row import DrawError, Packed, SamplingRow
 from model.stopwatch import Stopwatch
 from service.engine.capacity import Limits
 from service.engine.drafting import Drafter
@@ -59,8 +60,17 @@ class Launched:
         return [places[first] if row.choices else None for row, first in rows]
 
 
+@dataclass(slots=True)
+class KeptChoice:
+    """What one choice's draws have in common from step to step."""
+
+    sequence: Sequence
+    penalties: PenaltyState | None
+    packed: Packed = field(default_factory=Packed)
+
+
 class ModelRunner:
-    """Owns the network, its cache and the penalty states; knows nothing of clients or queues."""
+    """Owns the network, its cache and what a choice's draws share; knows no clients or queues."""
 
     def __init__(
         self,
@@ -85,13 +95,13 @@ class ModelRunner:
         )
         self._limits = limits
         self._graphs: DecodeGraphs | None = None
-        self._penalties: dict[tuple[int, int], tuple[Sequence, PenaltyState]] = {}
+        self._kept: dict[tuple[int, int], KeptChoice] = {}  # by request and choice
         self._adapters: dict[int, Adapter] = {}  # by version, in the host's memory
         self._max_rank = max_lora_rank
 
     @property
-    def num_penalty_states(self) -> int:
-        return len(self._penalties)
+    def num_kept_choices(self) -> int:
+        return len(self._kept)
 
     def capture_graphs(self) -> None:
         """Record decode steps for replay where the device and the attention backend allow it."""
@@ -251,7 +261,8 @@ class ModelRunner:
         self, row: Row, choice: Choice, logits_row: int, ahead: list[int]
     ) -> SamplingRow:
         """How the token after the row's own and those ``ahead`` of them is drawn."""
-        sequence, settings = row.sequence, choice.settings
+        settings, kept = choice.settings, self._keep(row.sequence, choice)
+        penalties = kept.penalties
         return SamplingRow(
             logits_row=logits_row,
             seed=settings.seed,
@@ -267,33 +278,26 @@ class ModelRunner:
             logit_bias=settings.logit_bias,
             allowed=settings.allowed_token_ids,
             banned=_banned(settings, row, ahead),
-            penalties=self._penalty_state(sequence, choice, ahead),
+            penalties=penalties.ahead(ahead) if penalties is not None and ahead else penalties,
             logprobs=settings.logprobs,
+            packed=kept.packed,
         )
 
-    def _penalty_state(
-        self, sequence: Sequence, choice: Choice, ahead: list[int]
-    ) -> PenaltyState | None:
-        """Kept from step to step, so that a step costs what is new; None without a penalty."""
-        settings = choice.settings
-        repeats = settings.repetition_penalty != 1.0
-        if not (repeats or settings.presence_penalty or settings.frequency_penalty):
-            return None
+    def _keep(self, sequence: Sequence, choice: Choice) -> KeptChoice:
+        """Kept from step to step, so that a step costs what is new."""
         key = (sequence.request.number, choice.index)
-        _, state = self._penalties.get(key, (None, None))
-        if state is None:
-            prompt = sequence.tokens[: sequence.num_prompt]
-            state = PenaltyState(prompt, count_prompt=repeats)
-        self._penalties[key] = (sequence, state)
-        state.catch_up(sequence.tokens)
-        return state.ahead(ahead) if ahead else state
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = KeptChoice(sequence, _penalty_state(sequence, choice.settings))
+        kept.sequence = sequence  # a fork goes on in one of its own
+        if kept.penalties is not None:
+            kept.penalties.catch_up(sequence.tokens)
+        return kept
 
     def _forget_finished(self) -> None:
-        gone = [
-            key for key, (owner, _) in self._penalties.items() if owner.status is Status.FINISHED
-        ]
+        gone = [key for key, kept in self._kept.items() if kept.sequence.status is Status.FINISHED]
         for key in gone:
-            del self._penalties[key]
+            del self._kept[key]
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor | None, first: int) -> list[TokenLogprob]:
         """Of ``row.targets``; the row's hidden states begin at ``first``. The head in slices."""
@@ -321,6 +325,13 @@ def _batch_rows(row: Row) -> list[BatchRow]:
         own,
         *(BatchRow([token], row.end + i, table, 1, slot) for i, token in enumerate(row.proposed)),
     ]
+
+
+def _penalty_state(sequence: Sequence, settings: SamplingSettings) -> PenaltyState | None:
+    repeats = settings.repetition_penalty != 1.0
+    if not (repeats or settings.presence_penalty or settings.frequency_penalty):
+        return None
+    return PenaltyState(sequence.tokens[: sequence.num_prompt], count_prompt=repeats)
 
 
 def _banned(settings: SamplingSettings, row: Row, ahead: list[int]) -> list[int]:

@@ -1,10 +1,10 @@
 """What sampling costs: pronk's one call a batch against a sort of every row, in one run.
 
-    python -m tests.benchmarks.sampling [--vocab 128256] [--rows 32] [--device cpu] [--threads N]
+    python -m tests.benchmarks.sampling [--vocab 128256] [--rows 32] [--device cpu] [--no-kernels]
 
 The peer is what a plain implementation does for any filtered row: sort the vocabulary, softmax,
 cumulate, mask, draw. Times are the minimum of several runs, in milliseconds for the whole batch,
-with the logits on the device and the tokens read back.
+with the logits on the device and the tokens read back; ``--no-kernels`` draws by tensor operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from model.penalties import PenaltyState
-from model.sampler import Sampler, SamplingRow
+from model.sampler import Sampler
+from model.sampling_row import SamplingRow
 
 PENALISED = SamplingRow(0, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1)
 
@@ -34,7 +35,7 @@ CASES: dict[str, SamplingRow] = {
     "penalties, top-k, top-p, logprobs 20": replace(
         PENALISED, temperature=0.7, top_k=50, top_p=0.9, logprobs=20, logit_bias={7: 1.0}
     ),
-    "flat logits, top-p 0.9 (second try)": SamplingRow(0, temperature=2.0, top_p=0.9),
+    "flat logits, top-p 0.9": SamplingRow(0, temperature=2.0, top_p=0.9),
 }
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"{options.rows} rows of {options.vocab} on {device}, {torch.get_num_threads()} threads")
     peer = milliseconds(lambda: sort_and_draw(logits).tolist(), options.repeats)
     print(f"{'sort every row, top-p, multinomial':40}{peer:9.2f} ms")
-    sampler = Sampler(options.vocab, device)
+    sampler = Sampler(options.vocab, device, compiled=not options.no_kernels)
     for name, row in [*CASES.items(), ("a mixture of all of these", None)]:
         rows = batch_of(row, options.rows, options.vocab)
         spent = milliseconds(lambda r=rows: sampler.launch(logits, r).collect(), options.repeats)
@@ -61,6 +62,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--no-kernels", action="store_true", help="PyTorch alone")
     return parser.parse_args()
 
 

@@ -153,12 +153,12 @@ def test_a_prompt_scored_and_not_continued_needs_no_draw(loaded: Loaded) -> None
     assert len(output.prompt_logprobs) == len(PROMPT)
 
 
-def test_penalty_states_are_forgotten_with_their_sequences(loaded: Loaded) -> None:
+def test_what_draws_have_in_common_is_forgotten_with_their_sequences(loaded: Loaded) -> None:
     penalised = greedy(repetition_penalty=1.5, frequency_penalty=0.5, max_tokens=12)
     together = answer(loaded, *(Submit(i, PROMPT[i:], [penalised] * 2) for i in range(3)))
     assert all(len(tokens(outputs)) == 12 for outputs in together.values())
     answer(loaded, Submit(9, PROMPT, [greedy(max_tokens=1)]))
-    assert loaded.runner.num_penalty_states == 0
+    assert loaded.runner.num_kept_choices == 1  # of the step before none is left
 
 
 def test_a_bad_word_is_barred_only_where_it_would_be_completed(loaded: Loaded) -> None:
@@ -203,6 +203,8 @@ def test_a_draw_that_a_few_candidates_cannot_settle_is_exact_ahead_too(
     """The device goes on from what the candidates gave: that row must not count."""
     flat = [SamplingSettings(seed=i, top_p=0.97, temperature=2.0, max_tokens=24) for i in range(3)]
     submits = [Submit(i, PROMPT[i:], [one]) for i, one in enumerate([*flat, greedy()])]
+    # The compiled sampler settles every draw at once.
+    monkeypatch.setattr(loaded.runner._sampler, "_kernel", None)
     expected = answer(loaded, *submits)
     monkeypatch.setattr(sampler_module, "_MANY", 8)
     counters: list[Counters] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from model.sampler import SamplingRow
+from model.sampling_row import SamplingRow
 from service.engine import lookup as lookup_module
 from service.engine.blocks import BlockPool
 from service.engine.costs import StepCosts
