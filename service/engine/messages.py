@@ -55,7 +55,7 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     request_id: str = ""  # for logs only
     adapter: str = ""  # its name, and which loading of it: from State.adapters
     adapter_version: int = 0  # 0: the model itself
-    grammar: str = ""  # llguidance's JSON of what the text must be; "" is anything
+    grammar: str = ""  # JSON of what the text must be, see grammar_trial; "" is anything
 
 
 class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
