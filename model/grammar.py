@@ -22,6 +22,7 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 MOST_TOLD = 300  # characters of the library's message
+DEAD_END = "NoExtensionBias"  # the library's word for it
 
 
 class GrammarError(ValueError):
@@ -104,11 +105,7 @@ class Grammar:
             raise GrammarError(cleaned(self._matcher.get_error()))
         first[vocabulary.end // 32] &= ~(numpy.uint32(1) << numpy.uint32(vocabulary.end % 32))
         if not first.any():
-            raise GrammarError(
-                "nothing but the empty text satisfies it"
-                if self._matcher.is_accepting()
-                else "no text satisfies it, or none that this model's tokens can spell"
-            )
+            raise GrammarError("nothing but the empty text satisfies it")
         self._first = first.tobytes()
 
     def start(self, prompt: Sequence[int] = ()) -> GrammarState:
@@ -164,4 +161,6 @@ def cleaned(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if not _LISTING.match(line)]
     text = _PREAMBLE.sub("", _PLACE.sub("", " ".join(filter(None, lines))))
     text = text.replace(" <non-verbose/>", "")
+    if text == DEAD_END:
+        return "no text satisfies it, or none that this model's tokens can spell"
     return text if len(text) <= MOST_TOLD else text[:MOST_TOLD] + "..."

@@ -13,7 +13,7 @@ from model.sampler import SamplingRow
 from service.engine.sequence import NO_TOKEN, Choice, Draw, Sequence, Status
 from service.engine.step import Row, RowResult, Step
 
-UNSPELLABLE = "this model's tokens cannot spell what the grammar asks for next"
+DEAD_END = "this model's tokens cannot spell what the grammar asks for next"
 Key = tuple[int, int]  # request, choice
 
 
@@ -111,7 +111,7 @@ class ConstrainedRows:
             if state.may_end:
                 masks.complete.add(key)
             else:
-                masks.failed[key] = UNSPELLABLE
+                masks.failed[key] = DEAD_END
             return
         if state.may_end:
             set_bits(mask, [*settings.eos_token_ids, *settings.stop_token_ids], True)
@@ -129,7 +129,7 @@ class ConstrainedRows:
         keys = [_key(row.sequence, choice) for choice in row.choices]
         failed = next((masks.failed[key] for key in keys if key in masks.failed), None)
         if failed is not None:
-            return RowResult(error=failed)
+            return RowResult(error=failed, is_grammars=True)
         if result.error is not None:
             return result
         try:
@@ -139,7 +139,7 @@ class ConstrainedRows:
                 else:
                     result.draws[place] = self._take(key, choice, result.draws[place])
         except GrammarError as error:
-            return RowResult(error=str(error))
+            return RowResult(error=str(error), is_grammars=True)
         return result
 
     def _take(self, key: Key, choice: Choice, draw: Draw) -> Draw:

@@ -49,6 +49,7 @@ class GrammarDesk:
         self._all_trials: list[GrammarTrial] = []
         self._known: OrderedDict[str, Future[Known]] = OrderedDict()
         self._waiting: list[Waiting] = []
+        self._is_closed = False
 
     @property
     def is_busy(self) -> bool:
@@ -95,6 +96,7 @@ class GrammarDesk:
         ]
 
     def close(self) -> None:
+        self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for trial in self._all_trials:
             trial.close()
@@ -117,6 +119,8 @@ class GrammarDesk:
         except GrammarError as error:
             return GrammarRefused(str(error))
         except Exception as error:
+            if self._is_closed:
+                return EngineFailure("The engine is stopped.")
             logger.error("a grammar was not compiled: %s", type(error).__name__, exc_info=error)
             return EngineFailure("The engine failed to compile the grammar: send it again.")
 

@@ -126,7 +126,7 @@ def main() -> None:
     vocabulary = Vocabulary([bytes([byte]) for byte in range(256)])
     with open(1, "wb", buffering=0, closefd=False) as out:
         out.write(READY)
-        for line in sys.stdin:
+        for line in map(str.strip, sys.stdin):
             spent = resource.getrusage(resource.RUSAGE_SELF)
             limit = int(spent.ru_utime + spent.ru_stime) + CPU_SECONDS
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

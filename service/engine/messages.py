@@ -10,6 +10,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 DEADLINE = "deadline"
+GRAMMAR = "grammar"
 
 
 class SamplingSettings(Struct, frozen=True, omit_defaults=True):
@@ -112,7 +113,7 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None  # one a token, when asked for
     finish_reason: str | None = None  # stop, length; or error, cancelled (never on the wire)
-    stop_reason: int | str | None = None  # stop token id, or "deadline"
+    stop_reason: int | str | None = None  # stop token id, "deadline"; "grammar" of an error
     error: str | None = None  # with finish_reason "error": what may be told
     cached_tokens: int | None = None  # with the first output of a request
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first output

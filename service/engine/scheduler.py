@@ -33,7 +33,7 @@ from service.engine.counters import Counters, Gauges
 from service.engine.drain_rate import DrainRate
 from service.engine.expiry import Expiries
 from service.engine.lineup import Lineup
-from service.engine.messages import DEADLINE, Output, Submit
+from service.engine.messages import DEADLINE, GRAMMAR, Output, Submit
 from service.engine.paging import Paging
 from service.engine.sequence import (
     NO_TOKEN,
@@ -248,7 +248,7 @@ class Scheduler:
             # What went wrong may lie in its pages: the next to ask the same must not find it there.
             self.pool.distrust(sequence.block_table, sequence.chain.digests)
             for choice in sequence.choices:
-                ending = Ending("error", error=came.error)
+                ending = Ending("error", GRAMMAR if came.is_grammars else None, came.error)
                 self._finish(sequence, choice.index, ending, now, out)
         else:
             sequence.num_computed += row.count
