@@ -186,6 +186,8 @@ ROUTES = {  # whose handlers say nothing
 ERRORS = {  # class: when
     "InvalidRequest": "bad JSON, wrong type, missing field, out of bounds; `param` is its path. "
     "`code` is `unknown_parameter` for fields that `strict` refuses",
+    "GrammarRefused": "a schema, pattern or grammar that is none, that nothing satisfies, or that "
+    "takes too much to compile or to follow",
     "ContextLengthExceeded": "prompt and answer are longer than the context",
     "NotSupportedYet": "a field the wire knows and this version does not serve",
     "RequestTimeout": "the body came too slowly (`--body-timeout`)",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.grammar import Grammar, Vocabulary
-from model.grammar_masks import MaskFiller, apply_masks, set_bits
+from model.grammar_masks import MaskFiller, apply_masks, apply_words, set_bits
 from model.sampler import Sampler, SamplingRow
 from tests.model.test_grammar import BYTES, lark
 
@@ -26,7 +26,10 @@ def test_exactly_the_allowed_logits_are_left(vocabulary: int) -> None:
     before, draws = logits.clone(), random.Random(vocabulary)
     allowed = [{t for t in range(vocabulary) if draws.random() < 0.4} for _ in range(2)]
     masks = [words_of(own, vocabulary // 32 + 1) for own in allowed]
+    by_torch = logits.clone()
     apply_masks(logits, [3, 1], masks)
+    apply_words(by_torch, [3, 1], torch.from_numpy(numpy.stack(masks)))  # as on a GPU
+    assert torch.equal(by_torch, logits)
     for row, own in ((3, allowed[0]), (1, allowed[1])):
         for token in range(vocabulary):
             left = before[row, token] if token in own else -torch.inf
