@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The same model without any token that ends a text."""
+    """The same model without any token that ends a text; it runs ahead where it may."""
     folder = tmp_path_factory.mktemp("endless")
     write("tiny", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -62,7 +62,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
     arguments = [str(folder), "--dtype", "float32", "--threads", "1", *CACHE]
-    with serving(*arguments, "--max-model-len", "512") as server:
+    with serving(*arguments, "--max-model-len", "512", "--async-scheduling") as server:
         yield server
 
 
