@@ -199,6 +199,16 @@ def test_a_text_that_is_whole_ends_whatever_else_was_asked(
             assert choice["finish_reason"] == "stop"
 
 
+def test_the_last_token_may_be_the_one_that_completes_the_text(server: Running) -> None:
+    (choice,) = choices(server, guided_choice=["x"], max_tokens=1)
+    assert (choice["text"], choice["finish_reason"]) == ("x", "stop")
+
+
+def test_masks_know_the_token_before_them_where_steps_run_ahead(endless: Running) -> None:
+    (choice,) = choices(endless, guided_regex="([a-z]{2}[0-9] ){30}")
+    assert re.fullmatch("([a-z]{2}[0-9] ){30}", choice["text"])
+
+
 def test_min_tokens_lengthens_a_text_that_could_go_on(server: Running) -> None:
     answer = post(server, guided_regex="[a-z]+", min_tokens=20, max_tokens=30).json()
     assert answer["usage"]["completion_tokens"] >= 20
