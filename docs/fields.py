@@ -72,7 +72,11 @@ SHARED: dict[str, tuple[str, str]] = {
     ),
     "return_token_ids": ("false", "`prompt_token_ids` and `token_ids` in the answer"),
     "return_tokens_as_token_ids": ("false", "`token_id:N` in place of texts in logprobs"),
-    "response_format": ("text", "`json_object` and `json_schema` are refused for now"),
+    "response_format": (
+        "text",
+        "`json_object`, or `json_schema` with `name` and `schema` (any of 128 Ki characters; "
+        "`strict` changes nothing): JSON without white space that satisfies the schema",
+    ),
     "deadline_ms": (
         "none",
         "past it: what there is, `finish_reason: length`, `stop_reason: deadline`",
@@ -88,11 +92,17 @@ SHARED: dict[str, tuple[str, str]] = {
     "best_of": ("n", "more than `n` is refused for now"),
     "use_beam_search": ("false", ""),
     "length_penalty": ("1", "of beam search: another value is refused for now"),
-    "structured_outputs": ("none", ""),
-    "guided_json": ("none", ""),
-    "guided_regex": ("none", ""),
-    "guided_choice": ("none", ""),
-    "guided_grammar": ("none", ""),
+    "structured_outputs": (
+        "none",
+        "vLLM's: exactly one of `json` (a schema or its text), `regex` (16 Ki characters), "
+        "`choice` (1,000 texts, 64 Ki characters), `grammar` (GBNF with `root ::=` or Lark, 64 Ki) "
+        "and `json_object`; what takes more than 0.8 s to compile: 400. Not beside another one of "
+        "these fields or a `response_format` other than text",
+    ),
+    "guided_json": ("none", "older name of `structured_outputs.json`"),
+    "guided_regex": ("none", "older name of `structured_outputs.regex`"),
+    "guided_choice": ("none", "older name of `structured_outputs.choice`"),
+    "guided_grammar": ("none", "older name of `structured_outputs.grammar`"),
 }
 
 COMPLETIONS: dict[str, tuple[str, str]] = {
@@ -176,6 +186,8 @@ ROUTES = {  # whose handlers say nothing
 ERRORS = {  # class: when
     "InvalidRequest": "bad JSON, wrong type, missing field, out of bounds; `param` is its path. "
     "`code` is `unknown_parameter` for fields that `strict` refuses",
+    "GrammarRefused": "a schema, pattern or grammar that is none, that nothing satisfies, or that "
+    "takes too much to compile or to follow",
     "ContextLengthExceeded": "prompt and answer are longer than the context",
     "NotSupportedYet": "a field the wire knows and this version does not serve",
     "RequestTimeout": "the body came too slowly (`--body-timeout`)",

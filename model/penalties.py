@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.grammar_masks import Words, apply_masks
 from model.transfers import to_device
 
 MOST_REPETITION = 1e6  # any finite penalty is valid; a stronger one would leave float32
@@ -31,6 +32,7 @@ class Adjustable(Protocol):
     prompt: Sequence[int]
     output: Sequence[int]
     penalties: PenaltyState | None
+    mask: Words | None
 
 
 class PenaltyState:
@@ -101,7 +103,8 @@ def has_penalty(row: Adjustable) -> bool:
 
 
 def is_adjusted(row: Adjustable) -> bool:
-    return bool(row.logit_bias or row.allowed is not None or len(row.banned) or has_penalty(row))
+    is_limited = row.allowed is not None or len(row.banned) or row.mask is not None
+    return bool(row.logit_bias or is_limited or has_penalty(row))
 
 
 def adjust(logits: Tensor, rows: Sequence[Adjustable]) -> None:
@@ -111,6 +114,9 @@ def adjust(logits: Tensor, rows: Sequence[Adjustable]) -> None:
     _penalise(logits, rows)
     _restrict(logits, rows)
     _ban(logits, rows)
+    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if masked:
+        apply_masks(logits, [i for i, _ in masked], [mask for _, mask in masked])
 
 
 def _add_bias(logits: Tensor, rows: Sequence[Adjustable]) -> None:

@@ -10,6 +10,7 @@ from enum import IntEnum, StrEnum
 from torch import Tensor
 
 from model.drawing import DrawSettings
+from model.grammar_masks import Words
 from model.logprobs import RawLogprob
 from model.penalties import PenaltyState
 from model.random_draws import uniform
@@ -37,7 +38,7 @@ class Packed:
     """Room for the settings of a row as the compiled sampler reads them, made at the first draw.
 
     Kept by who draws from the same settings at every step. Nothing of it changes with the row's
-    ``logits_row``, ``position``, ``banned`` and penalty counts; with any other field it is stale.
+    ``logits_row``, ``position``, ``banned``, ``mask`` and penalty counts; with any other field it is stale.
     """
 
     settings: bytes = b""
@@ -70,6 +71,7 @@ class SamplingRow:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     penalties: PenaltyState | None = None
+    mask: Words | None = None  # what a grammar allows, see model.grammar_masks
     logprobs: int | None = None  # alternatives besides the drawn token; None is off
     packed: Packed | None = None
 

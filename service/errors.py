@@ -38,6 +38,10 @@ class InvalidRequest(PronkError):
     type = "invalid_request_error"
 
 
+class GrammarRefused(InvalidRequest):
+    """A schema, pattern or grammar that nothing can follow, or that takes too much to compile."""
+
+
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 

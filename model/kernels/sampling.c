@@ -31,6 +31,7 @@ typedef struct {
     const int64_t *seen;            // [num_seen] ids a penalty looks at
     const float *counts;            // [num_seen] how often each was put out
     const int64_t *banned;          // [num_banned]
+    const uint32_t *mask;           // a bit a token: what a grammar allows; NULL: all
     int32_t logits_row, num_seen, num_banned;
     int32_t token;                  // of a row that is given one and is only scored
     uint64_t seed, choice;
@@ -360,11 +361,21 @@ static int draw_by_rank(const Scanned *row, const Row *own, double u, Scratch *s
 // ---- what a request does to its logits: model/penalties.py
 
 INLINE int is_adjusted(const Row *row) {
-    return row->num_biased || row->num_allowed >= 0 || row->num_banned || row->num_seen;
+    return row->num_biased || row->num_allowed >= 0 || row->num_banned || row->num_seen || row->mask;
 }
 
 // An id outside the vocabulary names no token: there is nothing to change.
 INLINE int is_token(int64_t id, int size) { return (uint64_t)id < (uint64_t)size; }
+
+static void keep_masked(const uint32_t *mask, int size, float *x) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    const uint16_t *halves = (const uint16_t *)mask;
+    int i = 0;
+    for (; i + 16 <= size; i += 16)
+        _mm512_storeu_ps(x + i, _mm512_mask_blend_ps(halves[i / 16], none, _mm512_loadu_ps(x + i)));
+    for (; i < size; i++)
+        if (!(mask[i / 32] >> (i % 32) & 1)) x[i] = -INFINITY;
+}
 
 static void adjust(const Row *row, const float *raw, int size, float *x) {
     if (row->num_allowed < 0)
@@ -386,6 +397,7 @@ static void adjust(const Row *row, const float *raw, int size, float *x) {
     }
     for (int i = 0; i < row->num_banned; i++)
         if (is_token(row->banned[i], size)) x[row->banned[i]] = -INFINITY;
+    if (row->mask) keep_masked(row->mask, size, x);
 }
 
 // ---- raw log-probabilities: model/logprobs.py

@@ -22,7 +22,7 @@ from model.penalties import has_penalty, state_of, strengths
 from model.sampling_row import Draw, Packed, SamplingRow
 
 # Field for field the struct Row of sampling.c: what each step brings, then a request's settings.
-_STEP, _SETTINGS = struct.Struct("@Q3P4i"), struct.Struct("@2Q3Pd5i5f")
+_STEP, _SETTINGS = struct.Struct("@Q4P4i"), struct.Struct("@2Q3Pd5i5f")
 _GIVEN = 3  # after the kinds that draw: the token is known, its row is scored alone
 _OFF = -1
 _MASK = (1 << 64) - 1
@@ -112,7 +112,7 @@ class RowsKernel:
         assert logits.size(0) == len(tokens)
         wanted = min(num_alternatives, MAX_ALTERNATIVES, self._vocab_size)
         given = _SETTINGS.pack(0, 0, 0, 0, 0, 1.0, 0, _OFF, _GIVEN, 0, wanted, 1, 0, 1, 0, 0)
-        steps = [_STEP.pack(0, 0, 0, 0, i, 0, 0, token) for i, token in enumerate(tokens)]
+        steps = [_STEP.pack(0, 0, 0, 0, 0, i, 0, 0, token) for i, token in enumerate(tokens)]
         packed = [step + given for step in steps]
         drawn = DrawnRows([wanted] * len(tokens))
         self._call(b"".join(packed), len(tokens), logits, drawn)
@@ -144,9 +144,13 @@ class RowsKernel:
         banned: list[Tensor] = []
         at = _address(row.banned, torch.int64, banned) if row.banned else 0
         kept.append(banned)
-        step = _STEP.pack(
-            row.position & _MASK, seen, counts, at, row.logits_row, num_seen, len(row.banned), 0
-        )
+        mask = 0
+        if row.mask is not None:
+            assert row.mask.flags.c_contiguous, "a row of words side by side"
+            kept.append(row.mask)
+            mask = row.mask.ctypes.data
+        counted = row.logits_row, num_seen, len(row.banned)
+        step = _STEP.pack(row.position & _MASK, seen, counts, at, mask, *counted, 0)
         return step + packed.settings
 
     def _settings(self, row: SamplingRow, kept: list[Tensor]) -> bytes:

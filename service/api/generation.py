@@ -14,8 +14,8 @@ from model.detokenizer import Detokenizer
 from service.api.schemas.answers import Usage, usage
 from service.api.submission import Arrival, Job, Prompt, admitted, outputs
 from service.api.text import ChoiceText, Event, StopStrings, TokenNews
-from service.engine.messages import Output
-from service.errors import EngineFailure
+from service.engine.messages import GRAMMAR, Output
+from service.errors import EngineFailure, GrammarRefused
 from service.metrics import ChoiceTimes, EngineMetrics, Metrics
 from service.registry import Generation
 
@@ -135,6 +135,9 @@ class _PromptText:
 
     def take(self, output: Output) -> Event | None:
         """The event of ``output``; None for a choice that has ended already."""
+        if output.finish_reason == "error" and output.stop_reason == GRAMMAR:
+            field = self._job.grammar_param
+            raise GrammarRefused(f"{field or 'The grammar'}: {output.error}", param=field)
         if output.finish_reason == "error":
             raise EngineFailure(output.error or "The engine failed on this request.")
         if output.finish_reason == "cancelled":

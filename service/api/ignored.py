@@ -57,11 +57,6 @@ NOT_YET = {
     "parallel_tool_calls": "tool calling",
     "functions": "tool calling",
     "function_call": "tool calling",
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
     "suffix": "filling in the middle",
     "use_beam_search": "beam search",
 }
@@ -74,9 +69,6 @@ def refuse_unsupported(request: BaseModel) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in HARMLESS.get(name, ()):
             raise _not_yet(name, feature)
-    response_format = getattr(request, "response_format", None)
-    if response_format is not None and response_format.type != "text":
-        raise _not_yet("response_format", f"response_format {response_format.type}")
     if getattr(request, "length_penalty", None) not in (None, 1):
         raise _not_yet("length_penalty", "beam search")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from service.api.constraints import read_constraint
 from service.api.exchange import Exchange
 from service.api.ignored import ignored_headers, refuse_unsupported
 from service.api.sampling import Sampling, check_limits, speculation
@@ -64,7 +65,11 @@ def make_job(
     echo_logprobs: int | None = None,
     grammar: str = "",
 ) -> Job:
-    """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs."""
+    """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs.
+
+    ``grammar`` goes before what the fields say of the answer's text.
+    """
+    constraint = None if grammar else read_constraint(fields)
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
     adapter = server.models.find(fields.model)[1]
     skip_special = fields.skip_special_tokens is not False
@@ -91,7 +96,8 @@ def make_job(
         log_content=server.settings.log_content,
         adapter=adapter,
         adapter_version=0 if adapter is None else adapter.version(engine),
-        grammar=grammar,
+        grammar=grammar if constraint is None else constraint.grammar,
+        grammar_param=None if constraint is None else constraint.param,
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from service.engine.messages import Output, SamplingSettings
-from service.errors import Overloaded
+from service.errors import GrammarRefused, Overloaded
 from service.registry import Engine, Generation, ServedAdapter, ServedModel
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Job:
     adapter: ServedAdapter | None = None
     adapter_version: int = 0  # the loading it began with serves all of it
     grammar: str = ""  # what every choice's text must be, see service.api.constraints
+    grammar_param: str | None = None  # the field it came from
 
     @property
     def fingerprint(self) -> str:
@@ -117,14 +118,27 @@ async def admitted(job: Job) -> AsyncIterator[list[Generation]]:
     async with AsyncExitStack() as stack:
         count = max(1, min(len(job.prompts), job.wave // job.n))
         if count == 1:
-            yield [await stack.enter_async_context(job.submit(0))]
+            try:
+                only = await stack.enter_async_context(job.submit(0))
+            except GrammarRefused as error:
+                raise _about_grammar(error, job) from None
+            yield [only]
             return
         entering = [stack.enter_async_context(job.submit(number)) for number in range(count)]
         entered = await asyncio.gather(*entering, return_exceptions=True)
         for refusal in entered:
             if isinstance(refusal, BaseException):
-                raise refusal
+                raise _about_grammar(refusal, job)
         yield [found for found in entered if not isinstance(found, BaseException)]
+
+
+def _about_grammar(refusal: BaseException, job: Job) -> BaseException:
+    """The engine knows the grammar, not the field it came from."""
+    if not isinstance(refusal, GrammarRefused):
+        return refusal
+    field = job.grammar_param
+    told = refusal.message if field is None else f"{field}: {refusal.message}"
+    return GrammarRefused(told, param=field)
 
 
 async def outputs(job: Job, first: list[Generation]) -> AsyncGenerator[Arrival, None]:

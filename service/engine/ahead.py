@@ -26,7 +26,8 @@ def may_run_ahead(row: Row) -> bool:
         return True  # in the middle of a prompt, or its end and no token is asked for
     if len(row.choices) > 1 or len(sequence.choices) > 1:
         return False  # the choices part with this draw
-    return not row.is_promise or not reads_output(sequence.settings)
+    reads = sequence.grammar is not None or reads_output(sequence.settings)
+    return not row.is_promise or not reads
 
 
 def reads_output(settings: SamplingSettings) -> bool:

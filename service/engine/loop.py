@@ -11,8 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from model.grammar import Grammar
 from service.engine.adapter_desk import AdapterDesk
 from service.engine.connections import Connections, Event, Lost
+from service.engine.grammar_desk import GrammarDesk
 from service.engine.messages import (
     Accepted,
     Cancel,
@@ -33,6 +35,7 @@ logger = logging.getLogger("pronk.engine")
 
 IDLE_WAIT = 1.0  # seconds: the heartbeat's
 READING_WAIT = 0.02  # while an adapter is read in another thread
+COMPILING_WAIT = 0.002  # while a grammar is compiled in another one
 ASKED_TO_STOP, BEYOND_USE = 0, 4  # exit codes
 MAX_FAILURES = 3  # steps in a row that raise; then a fresh process is the better hope
 STEP_FAILED = "the engine failed on this request: send it again"
@@ -70,6 +73,7 @@ class EngineLoop(Generic[Launched]):
         rates: StepRates,
         facts: dict[str, str],
         adapters: AdapterDesk[Any] | None = None,
+        grammars: GrammarDesk | None = None,
         *,
         runs_ahead: bool = False,
     ) -> None:
@@ -82,6 +86,7 @@ class EngineLoop(Generic[Launched]):
         self._runs_ahead = runs_ahead
         self._flight: Flight[Launched] | None = None
         self._adapters = adapters
+        self._grammars = grammars
         self._early: list[Event] = []  # heard while a step was on the device
         self.num_steps = 0
         self._step_seconds = 0.0
@@ -99,6 +104,7 @@ class EngineLoop(Generic[Launched]):
         while self._exit_code is None:
             self._take_commands()
             self._tend_adapters()
+            self._take_compiled()
             self._send(self._scheduler.expire())
             self._advance()
             self._publish()
@@ -112,29 +118,61 @@ class EngineLoop(Generic[Launched]):
         is_busy = bool(early) or self._flight is not None or self._scheduler.has_work
         if not is_busy:
             self._busy_since = None
-        is_reading = self._adapters is not None and self._adapters.is_reading
-        wait = 0.0 if is_busy else READING_WAIT if is_reading else IDLE_WAIT
-        for front_end, message in [*early, *self._connections.poll(wait)]:
+        for front_end, message in [*early, *self._connections.poll(0.0 if is_busy else self._wait)]:
             match message:
                 case Submit():
                     self._submit(front_end, message)
                 case Cancel():
                     self._scheduler.cancel(message.id, message.choice, front_end)
+                    if self._grammars is not None:
+                        self._grammars.cancel(front_end, message.id)
                 case Lost():
                     self._scheduler.cancel_client(front_end)
+                    if self._grammars is not None:
+                        self._grammars.cancel(front_end)
                 case Control():
                     self._control(front_end, message)
 
+    @property
+    def _wait(self) -> float:
+        """Seconds to wait for a command where nobody is here to be computed for."""
+        if self._grammars is not None and self._grammars.is_busy:
+            return COMPILING_WAIT
+        is_reading = self._adapters is not None and self._adapters.is_reading
+        return READING_WAIT if is_reading else IDLE_WAIT
+
     def _submit(self, front_end: int, submit: Submit) -> None:
-        """Exactly one answer, before any output."""
+        """Exactly one answer, before any output; with a new grammar once that is compiled."""
+        grammar = None
         try:
             if self._is_draining:
                 raise Unavailable("the server is shutting down", code="draining", retry_after=1.0)
-            self._scheduler.add(submit, front_end)
+            if submit.grammar and self._grammars is not None:
+                self._scheduler.check(submit, front_end)
+                grammar = self._grammars.get(front_end, submit)
+                if grammar is None:
+                    return
+        except PronkError as error:
+            self._connections.send(front_end, as_refused(submit.id, error))
+        else:
+            self._enter(front_end, submit, grammar)
+
+    def _enter(self, front_end: int, submit: Submit, grammar: Grammar | None) -> None:
+        try:
+            self._scheduler.add(submit, front_end, grammar)
         except PronkError as error:
             self._connections.send(front_end, as_refused(submit.id, error))
         else:
             self._connections.send(front_end, Accepted(submit.id))
+
+    def _take_compiled(self) -> None:
+        if self._grammars is None:
+            return
+        for front_end, submit, grammar in self._grammars.finished():
+            if isinstance(grammar, PronkError):
+                self._connections.send(front_end, as_refused(submit.id, grammar))
+            else:
+                self._enter(front_end, submit, grammar)
 
     def _control(self, front_end: int, control: Control) -> None:
         match control.verb:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 DEADLINE = "deadline"
+GRAMMAR = "grammar"
 
 
 class SamplingSettings(Struct, frozen=True, omit_defaults=True):
@@ -55,7 +56,7 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     request_id: str = ""  # for logs only
     adapter: str = ""  # its name, and which loading of it: from State.adapters
     adapter_version: int = 0  # 0: the model itself
-    grammar: str = ""  # llguidance's JSON of what the text must be; "" is anything
+    grammar: str = ""  # JSON of what the text must be, see grammar_trial; "" is anything
 
 
 class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
@@ -112,7 +113,7 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None  # one a token, when asked for
     finish_reason: str | None = None  # stop, length; or error, cancelled (never on the wire)
-    stop_reason: int | str | None = None  # stop token id, or "deadline"
+    stop_reason: int | str | None = None  # stop token id, "deadline"; "grammar" of an error
     error: str | None = None  # with finish_reason "error": what may be told
     cached_tokens: int | None = None  # with the first output of a request
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first output

@@ -27,6 +27,7 @@ from model.sampling_row import Draw as RawDraw
 from model.sampling_row import DrawError, Packed, SamplingRow
 from model.stopwatch import Stopwatch
 from service.engine.capacity import Limits
+from service.engine.constrained import ConstrainedRows, StepMasks
 from service.engine.drafting import Drafter
 from service.engine.messages import SamplingSettings, TokenLogprob
 from service.engine.sequence import Choice, Sequence, Status
@@ -50,6 +51,7 @@ class Launched:
     hidden: Tensor | None
     is_finite: Tensor | None  # [T] bool, of ``hidden``
     forward: Stopwatch
+    masks: StepMasks | None = None  # of rows that follow a grammar
 
     @property
     def places(self) -> list[int | None]:
@@ -96,6 +98,7 @@ class ModelRunner:
         self._limits = limits
         self._graphs: DecodeGraphs | None = None
         self._kept: dict[tuple[int, int], KeptChoice] = {}  # by request and choice
+        self._constrained = ConstrainedRows()
         self._adapters: dict[int, Adapter] = {}  # by version, in the host's memory
         self._max_rank = max_lora_rank
 
@@ -150,6 +153,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step, before: Launched | None = None) -> Launched:
         """Queue the step on the device; ``before`` is the one whose draws feed it."""
+        masks = self._constrained.start(step)
         self._move_pages(step)
         for slot, version in step.fills:
             self.model.fill_adapter_slot(slot, self._adapters[version])
@@ -161,8 +165,10 @@ class ModelRunner:
         forward.stop()
         is_finite = hidden.isfinite().all(-1) if hidden is not None else None
         rows = self._sampling_rows(step.rows)
+        if masks is not None:
+            self._constrained.restrict(masks, step, rows)
         drawn = self._sampler.launch(logits, rows) if rows else None
-        return Launched(step, passes, drawn, hidden, is_finite, forward)
+        return Launched(step, passes, drawn, hidden, is_finite, forward, masks)
 
     def _build(self, step: Step, before: Launched | None) -> Batch:
         """Tokens that ``before`` draws are put in on the device: the host never sees them here."""
@@ -202,6 +208,8 @@ class ModelRunner:
                 results.append(RowResult(error=NOT_FINITE))
             else:
                 results.append(_result(own, self._prompt_logprobs(row, launched.hidden, first)))
+                if launched.masks is not None:
+                    results[-1] = self._constrained.follow(launched.masks, row, results[-1])
             if results[-1].error is not None:
                 self._cleanse(row)
             first += row.count + len(row.proposed)
@@ -298,6 +306,7 @@ class ModelRunner:
         gone = [key for key, kept in self._kept.items() if kept.sequence.status is Status.FINISHED]
         for key in gone:
             del self._kept[key]
+        self._constrained.forget_finished()
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor | None, first: int) -> list[TokenLogprob]:
         """Of ``row.targets``; the row's hidden states begin at ``first``. The head in slices."""

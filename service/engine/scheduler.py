@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Collection
+from typing import TYPE_CHECKING
 
 from service.engine.adapters import AdapterTable
 from service.engine.admission import QueueBounds, RequestLimits
@@ -32,9 +33,10 @@ from service.engine.counters import Counters, Gauges
 from service.engine.drain_rate import DrainRate
 from service.engine.expiry import Expiries
 from service.engine.lineup import Lineup
-from service.engine.messages import DEADLINE, Output, Submit
+from service.engine.messages import DEADLINE, GRAMMAR, Output, Submit
 from service.engine.paging import Paging
 from service.engine.sequence import (
+    NO_TOKEN,
     NOTHING_PROPOSED,
     Ending,
     Request,
@@ -46,6 +48,9 @@ from service.engine.speculation import SpeculationLimits, Speculator
 from service.engine.step import Draw, Row, RowResult, Step, StepResult
 from service.engine.waiting import FirstComeQueue, WaitingQueue
 from service.errors import InvalidRequest, PronkError
+
+if TYPE_CHECKING:
+    from model.grammar import Grammar
 
 Deliveries = dict[Hashable, list[Output]]
 NO_SPECULATION = SpeculationLimits()
@@ -116,20 +121,24 @@ class Scheduler:
 
     # ---- requests come and go ------------------------------------------------------------------
 
-    def add(self, submit: Submit, client: Hashable = 0) -> None:
+    def add(self, submit: Submit, client: Hashable = 0, grammar: Grammar | None = None) -> None:
         """Takes a request into the queue, or raises what its client is to be told."""
-        try:
-            self._check(submit, client)
-        except PronkError as error:
-            self.counters.rejected[error.code or "invalid_request"] += 1
-            raise
-        request = Request(submit, client, next(self._numbers), self._clock())
+        self.check(submit, client)
+        request = Request(submit, client, next(self._numbers), self._clock(), grammar)
         sequence = Sequence.start(request, self.pool.grain)
         request.sequences = {choice.index: sequence for choice in sequence.choices}
         self._requests[request.key] = request
         self.adapters.hold(submit.adapter_version)
         self._waiting.add(sequence)
         self._expiries.add(request)
+
+    def check(self, submit: Submit, client: Hashable = 0) -> None:
+        """Raises what ``add`` would."""
+        try:
+            self._check(submit, client)
+        except PronkError as error:
+            self.counters.rejected[error.code or "invalid_request"] += 1
+            raise
 
     def _check(self, submit: Submit, client: Hashable) -> None:
         if (client, submit.id) in self._requests:
@@ -239,7 +248,7 @@ class Scheduler:
             # What went wrong may lie in its pages: the next to ask the same must not find it there.
             self.pool.distrust(sequence.block_table, sequence.chain.digests)
             for choice in sequence.choices:
-                ending = Ending("error", error=came.error)
+                ending = Ending("error", GRAMMAR if came.is_grammars else None, came.error)
                 self._finish(sequence, choice.index, ending, now, out)
         else:
             sequence.num_computed += row.count
@@ -291,6 +300,9 @@ class Scheduler:
         if not draws:  # max_tokens is 0: the prompt was all
             self._finish(sequence, sequence.choice, Ending("length"), now, out)
             return
+        if draws[0].token == NO_TOKEN:
+            self._finish(sequence, sequence.choice, Ending("stop"), now, out)
+            return
         ending = self._append(sequence, draws[0])
         told = draws[:1]
         while ending is None and len(told) < len(draws):
@@ -311,7 +323,10 @@ class Scheduler:
     def _append(self, sequence: Sequence, draw: Draw) -> Ending | None:
         sequence.tokens.append(draw.token)
         self.counters.generation_tokens += 1
-        return sequence.ending(self.max_model_len)
+        ending = sequence.ending(self.max_model_len)
+        if draw.completes and (ending is None or ending.finish_reason == "length"):
+            return Ending("stop")
+        return ending
 
     def _finish(
         self,

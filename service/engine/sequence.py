@@ -17,6 +17,7 @@ from service.engine.messages import Output, SamplingSettings, Submit, TokenLogpr
 from service.engine.prefix import GRAIN, PrefixChain, chain_root
 
 if TYPE_CHECKING:
+    from model.grammar import Grammar
     from service.engine.speculation import Speculation
 
 
@@ -32,9 +33,15 @@ class Choice:
     settings: SamplingSettings
 
 
+NO_TOKEN = -1
+
+
 class Draw(NamedTuple):
+    """``completes``: the grammar allows nothing after it. With ``NO_TOKEN`` not even a token."""
+
     token: int
     logprob: TokenLogprob | None = None  # when the choice's settings ask for it
+    completes: bool = False
 
 
 class Ending(NamedTuple):
@@ -61,6 +68,7 @@ class Request:
         "cached_tokens",
         "client",
         "first_scheduled",
+        "grammar",
         "is_answered",
         "is_prompt_done",
         "number",
@@ -70,8 +78,16 @@ class Request:
         "submit",
     )
 
-    def __init__(self, submit: Submit, client: Hashable, number: int, arrival: float) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        client: Hashable,
+        number: int,
+        arrival: float,
+        grammar: Grammar | None = None,
+    ) -> None:
         self.submit = submit
+        self.grammar = grammar  # ``submit.grammar``, compiled
         self.client = client
         self.number = number  # order of arrival
         self.arrival = arrival  # the scheduler's clock, seconds
@@ -177,6 +193,10 @@ class Sequence:
     def adapter(self) -> int:
         """Its version; 0 is none."""
         return self.request.submit.adapter_version
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.request.grammar
 
     @property
     def choice(self) -> int:

@@ -148,6 +148,8 @@ class Speculator:
         settings, limits = sequence.settings, self._limits
         method = settings.speculative_method
         most = min(settings.num_speculative_tokens, limits.most)
+        if sequence.grammar is not None:
+            return None  # its masks follow what was said, one token at a time
         if most <= 0 or not (method == NGRAM or (method == DRAFT and limits.has_draft)):
             return None
         lookup = PromptLookup(limits.shortest, limits.longest) if method == NGRAM else None

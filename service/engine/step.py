@@ -132,6 +132,7 @@ class RowResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
     is_late: bool = False
+    is_grammars: bool = False  # the error: its grammar could not be followed any further
 
 
 @dataclass(slots=True)

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from model.grammar import Vocabulary
+from model.tokenizer import load_tokenizer
 from service.engine.adapter_desk import AdapterDesk
 from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
@@ -33,6 +35,7 @@ from service.engine.compile_cache import use_compile_cache
 from service.engine.connections import Connections
 from service.engine.cores import hold
 from service.engine.costs import StepCosts
+from service.engine.grammar_desk import GrammarDesk
 from service.engine.host_slots import HostSlots
 from service.engine.lifeline import die_with_parent
 from service.engine.loop import EngineLoop
@@ -90,9 +93,11 @@ def read_options() -> EngineOptions:
 
 
 def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int:
+    grammars = GrammarDesk(lambda: read_vocabulary(options.model))  # meanwhile
     try:
         loaded, rates, costs = load_and_warm_up(options, pulse)
     except LoadFailure as failure:
+        grammars.close()
         logger.error("the model could not be loaded: %s", failure)
         say_farewell(connections, pulse, str(failure))
         return LOAD_FAILED
@@ -109,12 +114,21 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
         rates,
         loaded.facts,
         desk,
+        grammars,
         runs_ahead=loaded.runs_ahead,
     )
     try:
         return loop.run()
     finally:
         desk.close()
+        grammars.close()
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """A token for every logit, as bytes. Raises ``TokenizerError``."""
+    from model.checkpoint import load_config  # torch: seconds
+
+    return Vocabulary.of(load_tokenizer(path), load_config(path).vocab_size)
 
 
 def make_scheduler(

@@ -107,12 +107,6 @@ async def test_bias_keys_are_ids_and_its_values_bounded(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a"}),
-        ("guided_json", {}),
-        ("guided_regex", "a"),
-        ("guided_choice", ["a"]),
-        ("guided_grammar", "root ::= x"),
         ("suffix", "end"),
         ("best_of", 3),
         ("use_beam_search", True),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from model.bundled import bundled_model_path
@@ -166,3 +167,18 @@ def hang_up_on(url: str, *, stream: bool) -> None:
         httpx.stream("POST", url, json=body, timeout=0.15) as response,
     ):
         next(response.iter_bytes())
+
+
+class Animal(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    legs: int = pydantic.Field(ge=0, le=8)
+    tame: bool
+
+
+def test_an_answer_is_parsed_into_the_model_that_was_asked_for(client: openai.OpenAI) -> None:
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model=MODEL, messages=HELLO, response_format=Animal, max_tokens=100, seed=seed
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert isinstance(answer.choices[0].message.parsed, Animal)

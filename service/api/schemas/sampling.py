@@ -33,9 +33,29 @@ class Speculation(Fields):
     num_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
+class JsonSchema(Fields):
+    """``strict`` changes nothing: what is generated always satisfies the schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Any = None
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Fields):
+    """Exactly one; a schema may also come as its JSON text."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None  # there is none anyway
 
 
 def _one_or_many(value: Any) -> Any:
@@ -111,8 +131,8 @@ class SamplingFields(Fields):
     best_of: Annotated[int, Field(ge=1)] | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
