@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections import defaultdict
 
 from fastapi import APIRouter
@@ -56,6 +57,8 @@ class ChatShape:
     def __init__(self, fields: ChatRequest, chat: Chat) -> None:
         self._job = job = chat.job
         self._readers: dict[int, AnswerReader] = defaultdict(chat.reader)
+        self._offsets: dict[int, list[int]] = defaultdict(list)  # of each choice's tokens
+        self._calls_alone = chat.calls_alone
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name
@@ -72,12 +75,14 @@ class ChatShape:
         """The role comes first, in a chunk of its own, as OpenAI sends it."""
         chunks: list[Struct] = []
         if event.is_first:
-            role = ChatDelta(role="assistant", content="")
+            role = ChatDelta(role="assistant", content=UNSET if self._calls_alone else "")
             opening = self._chunk([ChatChunkChoice(event.index, role)], usage)
             if self._has_ids:
                 opening.prompt_token_ids = self._job.prompts[0].ids
             chunks.append(opening)
         delta, logprobs = self._read(event), self._read_logprobs(event)
+        if usage:
+            self._count_reasoning(usage)
         if delta or logprobs or self._has_ids or event.finish_reason is not None:
             choice = ChatChunkChoice(
                 event.index,
@@ -92,8 +97,16 @@ class ChatShape:
 
     def _read(self, event: Event) -> Delta:
         reader = self._readers[event.index]
+        self._offsets[event.index] += event.offsets
         delta = reader.push(event.text) if event.pieces else Delta()
         return delta if event.finish_reason is None else delta + reader.flush()
+
+    def _count_reasoning(self, usage: Usage) -> None:
+        """Tokens that begin before the end of a choice's reasoning, its closing mark included."""
+        usage.completion_tokens_details.reasoning_tokens = sum(
+            bisect_left(offsets, self._readers[index].reasoning_length)
+            for index, offsets in self._offsets.items()
+        )
 
     def _finish_reason(self, event: Event) -> FinishReason | None:
         if event.finish_reason == "stop" and self._readers[event.index].has_calls:
@@ -106,6 +119,7 @@ class ChatShape:
         return self._logprobs.chat(event.logprobs)
 
     def last_chunk(self, usage: Usage) -> Struct:
+        self._count_reasoning(usage)
         return self._chunk([], usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
@@ -119,12 +133,14 @@ class ChatShape:
         )
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
+        choices = [self._choice(event) for event in events]
+        self._count_reasoning(usage)
         answer = ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._model,
             system_fingerprint=self._job.fingerprint,
-            choices=[self._choice(event) for event in events],
+            choices=choices,
             usage=usage,
         )
         if self._has_ids:
@@ -158,8 +174,8 @@ def _chat_delta(delta: Delta) -> ChatDelta:
         chunk.content = delta.content
     if delta.reasoning:
         chunk.reasoning_content = delta.reasoning
-    if delta.calls:
-        chunk.tool_calls = [_call_chunk(call) for call in delta.calls]
+    if calls := [call for call in delta.calls if not call.is_broken]:
+        chunk.tool_calls = [_call_chunk(call) for call in calls]
     return chunk
 
 
@@ -171,12 +187,13 @@ def _call_chunk(call: CallDelta) -> ToolCallChunk:
 
 
 def _chat_message(delta: Delta) -> ChatMessage:
-    message = ChatMessage(delta.content if delta.content or not delta.calls else None)
+    calls = delta.whole_calls()
+    message = ChatMessage(delta.content if delta.content or not calls else None)
     if delta.reasoning:
         message.reasoning_content = delta.reasoning
-    if delta.calls:
+    if calls:
         message.tool_calls = [
             AnsweredCall(call.id or "", AnsweredFunction(call.name or "", call.arguments))
-            for call in delta.whole_calls()
+            for call in calls
         ]
     return message
