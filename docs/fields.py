@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from service.api.completions import DEFAULT_MAX_TOKENS
 from service.api.sampling import DEFAULTS
-from service.api.tools import MAX_TOOLS_JSON
+from service.api.tools import MAX_DEPTH, MAX_TOOLS_JSON
 
 # name: (default, meaning)
 SHARED: dict[str, tuple[str, str]] = {
@@ -127,7 +127,8 @@ CHAT: dict[str, tuple[str, str]] = {
     "tools": (
         "none",
         "functions the model may call: names of `[A-Za-z0-9_-]{1,64}`, each once; `parameters` a "
-        f"schema of an object; at most {MAX_TOOLS_JSON:,} characters in all. A chat template that "
+        f"schema of an object; at most {MAX_TOOLS_JSON:,} characters in all, "
+        f"nested at most {MAX_DEPTH} deep. A chat template that "
         "knows no tools gets them in the system message",
     ),
     "tool_choice": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from bisect import bisect_left
 from collections import defaultdict
 
 from fastapi import APIRouter
@@ -17,7 +16,7 @@ from service.api.conversation import Chat, prepare
 from service.api.jobs import respond
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
-from service.api.reading import AnswerReader, CallDelta, Delta
+from service.api.reading import AnswerReader, CallDelta, Delta, ReasoningCount
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.chat import (
     AnsweredCall,
@@ -57,7 +56,7 @@ class ChatShape:
     def __init__(self, fields: ChatRequest, chat: Chat) -> None:
         self._job = job = chat.job
         self._readers: dict[int, AnswerReader] = defaultdict(chat.reader)
-        self._offsets: dict[int, list[int]] = defaultdict(list)  # of each choice's tokens
+        self._thoughts: dict[int, ReasoningCount] = {}
         self._calls_alone = chat.calls_alone
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
@@ -97,15 +96,14 @@ class ChatShape:
 
     def _read(self, event: Event) -> Delta:
         reader = self._readers[event.index]
-        self._offsets[event.index] += event.offsets
+        count = self._thoughts.setdefault(event.index, ReasoningCount(reader))
+        count.add(event.offsets)
         delta = reader.push(event.text) if event.pieces else Delta()
         return delta if event.finish_reason is None else delta + reader.flush()
 
     def _count_reasoning(self, usage: Usage) -> None:
-        """Tokens that begin before the end of a choice's reasoning, its closing mark included."""
         usage.completion_tokens_details.reasoning_tokens = sum(
-            bisect_left(offsets, self._readers[index].reasoning_length)
-            for index, offsets in self._offsets.items()
+            count.num_tokens for count in self._thoughts.values()
         )
 
     def _finish_reason(self, event: Event) -> FinishReason | None:

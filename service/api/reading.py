@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,6 +62,21 @@ class AnswerReader(Protocol):
     def push(self, text: str) -> Delta: ...
     def flush(self) -> Delta:
         """The end of the text: what was held back."""
+
+
+class ReasoningCount:
+    """Tokens of one choice's reasoning: those whose text begins before its end."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._offsets: list[int] = []  # where each token's text begins
+
+    def add(self, offsets: list[int]) -> None:
+        self._offsets += offsets
+
+    @property
+    def num_tokens(self) -> int:
+        return bisect_left(self._offsets, self._reader.reasoning_length)
 
 
 class PlainText:

@@ -16,6 +16,7 @@ from service.api.tool_schemas import calls_schema, parameters_of
 from service.errors import InvalidRequest
 
 MAX_TOOLS_JSON = 256 * 1024  # characters
+MAX_DEPTH = 64  # of nested JSON in one tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,28 @@ def read_tools(tools: Sequence[Tool] | None) -> list[Tool]:
         if tool.function.name in names:
             raise _refused(f"{path}.name", f"{tool.function.name!r} is there twice")
         names.add(tool.function.name)
-        if (tool.function.parameters or {}).get("type", "object") != "object":
+        parameters = tool.function.parameters or {}
+        if parameters.get("type", "object") != "object":
             raise _refused(f"{path}.parameters", 'must be a schema of type "object"')
+        if is_deeper([parameters, tool.model_extra, tool.function.model_extra], MAX_DEPTH):
+            raise _refused(path, f"is nested deeper than {MAX_DEPTH}")
     size = num_characters(tools)
     if size > MAX_TOOLS_JSON:
         raise _refused("tools", f"have {size} characters of JSON; at most {MAX_TOOLS_JSON}")
     return list(tools or ())
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Level by level, so that no nesting is too deep to be told."""
+    level = [value]
+    for _ in range(depth):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [
+            child
+            for item in containers
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def num_characters(tools: Sequence[Tool] | None) -> int:

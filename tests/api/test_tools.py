@@ -286,6 +286,13 @@ async def test_allowed_tools_are_those_the_model_is_told_of() -> None:
 # ---- fields
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"a": schema}
+    return schema
+
+
 def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f"} | fields}]
 
@@ -303,6 +310,9 @@ def function(**fields: Any) -> list[dict[str, Any]]:
         ({"tools": function() * 2}, "tools[1].function.name"),
         ({"tools": [WEATHER] * 129}, "tools"),
         ({"tools": function(description="x" * 300_000)}, "tools"),
+        ({"tools": function(parameters=nested(70))}, "tools[0].function"),
+        ({"tools": function(parameters=nested(200))}, "tools[0].function"),
+        ({"tools": function(more=nested(200))}, "tools[0].function"),
         ({"tools": "f"}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
