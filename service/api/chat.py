@@ -158,7 +158,7 @@ class ChatShape:
         delta = self._read(event)
         return ChatChoice(
             index=event.index,
-            message=_chat_message(delta),
+            message=_chat_message(delta, self._calls_alone),
             logprobs=self._logprobs.chat(event.logprobs) if self._has_logprobs else None,
             finish_reason=self._finish_reason(event),
             stop_reason=event.stop_reason,
@@ -184,9 +184,10 @@ def _call_chunk(call: CallDelta) -> ToolCallChunk:
     return ToolCallChunk(call.index, function, call.id or UNSET, "function")
 
 
-def _chat_message(delta: Delta) -> ChatMessage:
+def _chat_message(delta: Delta, calls_alone: bool) -> ChatMessage:
     calls = delta.whole_calls()
-    message = ChatMessage(delta.content if delta.content or not calls else None)
+    has_content = delta.content or not (calls or calls_alone)
+    message = ChatMessage(delta.content if has_content else None)
     if delta.reasoning:
         message.reasoning_content = delta.reasoning
     if calls:

@@ -373,6 +373,10 @@ def test_required_and_named_answers_are_calls_alone() -> None:
     delta = read(named, list('{"a":{"b":[]}}'))
     assert (delta.content, calls_of(delta)) == ("", [("f", {"a": {"b": []}})])
     assert named.has_calls
+    for end in range(len(text)):
+        assert read(RequiredReader(), [text[:end]]).content == ""
+    assert read(RequiredReader(), [text[:60]]).whole_calls()[0].arguments == '{"a":1}'
+    assert read(RequiredReader(), ["No."]).content == "No."
     cut_short = NamedReader("f")
     assert read(cut_short, ['{"a":']).whole_calls()[0].arguments == '{"a":'
     assert not cut_short.has_calls

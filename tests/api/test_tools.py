@@ -263,7 +263,11 @@ async def test_required_and_named_are_held_to_their_schemas() -> None:
             "required"
         ] == ["city"]
         cut = (await ask(client, **fields, max_tokens=5))["choices"][0]
-        assert cut["finish_reason"] == "length"
+        assert (cut["finish_reason"], cut["message"]["content"]) == ("length", None)
+        fields["tool_choice"] = "required"
+        engine.script = lambda prompt, one: say('[{"name":"get_weather"')
+        cut = (await ask(client, **fields, max_tokens=5))["choices"][0]
+        assert (cut["finish_reason"], cut["message"]["content"]) == ("length", None)
 
 
 async def test_auto_is_free() -> None:

@@ -10,11 +10,16 @@ from service.api.readers.scanning import Reading, make_call_id
 
 
 class _CallsAlone(JsonScanner):
-    """Should the text not be what was asked for after all, it is content, so that none is lost."""
+    """Should the text not be what was asked for after all, it is content, so that none is lost; of
+    one that was cut only calls that had begun are said."""
 
     def answer(self) -> Reading[None]:
         yield from self.attempt(self.calls())
         yield from self.rest_is_content()
+
+    def spoil(self) -> None:
+        if self.current:
+            super().spoil()
 
     def calls(self) -> Reading[None]:
         raise NotImplementedError

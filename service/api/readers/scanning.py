@@ -149,7 +149,7 @@ class Scanner:
         try:
             yield from grammar
         except Malformed:
-            self._spoil()
+            self.spoil()
             return False
         finally:
             self._held = None
@@ -163,7 +163,7 @@ class Scanner:
         self._held = [self.current]
         self._before = opening, self._num_calls, self._num_whole
 
-    def _spoil(self) -> None:
+    def spoil(self) -> None:
         """What was held is content, but for the character just looked at. At the end of the text a
         call that had begun stays one that was cut."""
         assert self._held is not None
