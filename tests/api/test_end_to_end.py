@@ -51,7 +51,10 @@ def test_whole_and_streamed_answers_are_the_same_text(client: openai.OpenAI) -> 
 
 CITY = {
     "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "maximum": 9}},
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
     "required": ["city", "days"],
 }
 TOOLS: list[openai.types.chat.ChatCompletionToolUnionParam] = [
@@ -83,7 +86,7 @@ def test_calls_that_have_to_be_satisfy_their_schemas(client: openai.OpenAI) -> N
             if call.function.name == "get_weather":
                 assert set(arguments) == {"city", "days"}
                 assert arguments["city"] in ("Paris", "Rome")
-                assert arguments["days"] <= 9
+                assert 1 <= arguments["days"] <= 9
             else:
                 assert (call.function.name, arguments) == ("get_time", {})
     chunks = client.chat.completions.create(
