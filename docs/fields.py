@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from service.api.completions import DEFAULT_MAX_TOKENS
 from service.api.sampling import DEFAULTS
+from service.api.tools import MAX_DEPTH, MAX_TOOLS_JSON
 
 # name: (default, meaning)
 SHARED: dict[str, tuple[str, str]] = {
@@ -133,11 +134,23 @@ CHAT: dict[str, tuple[str, str]] = {
         "403 unless the server has `--allow-request-chat-template`",
     ),
     "chat_template_kwargs": ("none", "more variables for the chat template"),
-    "tools": ("none", ""),
-    "tool_choice": ("none", ""),
-    "parallel_tool_calls": ("none", ""),
-    "functions": ("none", ""),
-    "function_call": ("none", ""),
+    "tools": (
+        "none",
+        "functions the model may call: names of `[A-Za-z0-9_-]{1,64}`, each once; `parameters` a "
+        f"schema of an object; at most {MAX_TOOLS_JSON:,} characters in all, "
+        f"nested at most {MAX_DEPTH} deep. A chat template that "
+        "knows no tools gets them in the system message",
+    ),
+    "tool_choice": (
+        "`auto` with tools, else `none`",
+        "`none` (tools are kept from the model), `auto` (calls are read as `--tool-call-parser` "
+        "says; what is malformed is content), `required`, `{type: function, function: {name}}`, or "
+        "`{type: allowed_tools, allowed_tools: {mode, tools}}`. Required and named: `content` is "
+        "null, `finish_reason` is `tool_calls`, arguments always satisfy their schema",
+    ),
+    "parallel_tool_calls": ("true", "false: at most one call"),
+    "functions": ("none", "400: send `tools`; in histories the older form is read"),
+    "function_call": ("none", "400: send `tool_choice`"),
 }
 
 TOKENIZE: dict[str, tuple[str, str]] = {

@@ -74,7 +74,9 @@ ANSWERS = """
 ## Answers
 
 Completions and chat have OpenAI's shape; `stop_reason` (the stop string, the stop id or
-`deadline`) stands beside `finish_reason` (`stop` or `length`), and
+`deadline`) stands beside `finish_reason` (`stop`, `length`, or `tool_calls` where a whole call was
+read). Where the model thinks, `reasoning_content` stands beside `content`, and `reasoning_tokens`
+of `usage.completion_tokens_details` counts its tokens, the closing mark included;
 `usage.prompt_tokens_details.cached_tokens` counts what the prefix cache spared, and
 `accepted_prediction_tokens` and `rejected_prediction_tokens` of `usage.completion_tokens_details`
 what was guessed ahead and said, or in vain. A stream is

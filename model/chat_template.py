@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
 
+from model import template_traits
 from model.template_budget import Budget
 from model.template_filters import MARK
 from model.template_marks import Marked, Marker
@@ -44,9 +44,12 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         environment = ChatEnvironment()
         self._templates = {name: _compile(environment, text) for name, text in sources.items()}
-        self._reads_parts = any(_reads_parts(environment, text) for text in sources.values())
+        trees = [environment.parse(text) for text in sources.values()]
+        self._reads_parts = any(map(template_traits.reads_parts, trees))
+        self.reads_tools = any(map(template_traits.reads_tools, trees))
+        self.quotes_arguments = any(map(template_traits.quotes_arguments, trees))
         self._tokenizer = tokenizer
-        self._avoid = "".join(sources.values())
+        self.source = "".join(sources.values())
         self._plain, self._careful = Marker(tokenizer, eager=False), Marker(tokenizer, eager=True)
 
     def encode(
@@ -117,7 +120,7 @@ class ChatTemplate:
         return {**message, "content": "\n".join(texts)}
 
     def _rendered(self, template: jinja2.Template, conversation: _Conversation) -> Marked:
-        mark, end = list(private_characters(2, self._avoid + conversation.all_text()))
+        mark, end = list(private_characters(2, self.source + conversation.all_text()))
         budget = Budget(conversation.num_characters)
         plain = conversation.render(template, self._plain, mark, end, budget)
         if not conversation.would_mark(self._careful):
@@ -254,24 +257,6 @@ def _compile(environment: ChatEnvironment, source: str) -> jinja2.Template:
         raise ChatTemplateError(
             f"the chat template cannot be compiled: {str(error)[:300]}"
         ) from None
-
-
-def _reads_parts(environment: ChatEnvironment, source: str) -> bool:
-    """Whether a template goes through the parts of a message's content by itself."""
-    for loop in environment.parse(source).find_all(nodes.For):
-        names = [loop.iter, *loop.iter.find_all((nodes.Name, nodes.Getattr, nodes.Getitem))]
-        if any(_names_content(node) for node in names):
-            return True
-    return False
-
-
-def _names_content(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Name):
-        return node.name == "content"
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    is_key = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const)
-    return is_key and node.arg.value == "content"  # type: ignore[attr-defined]
 
 
 def load_chat_template(tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from model.tokenizer import Tokenizer
 
@@ -23,12 +23,16 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown_special: Collection[int] = (),
     ) -> None:
-        """``spaces_between_special_tokens`` asks for what vLLM gives with fast tokenizers, where it
+        """``shown_special`` are not skipped, whatever ``skip_special_tokens`` says.
+
+        ``spaces_between_special_tokens`` asks for what vLLM gives with fast tokenizers, where it
         changes nothing: a byte-true decoder puts no spaces anywhere, so there are none to take out.
         """
         self._tokenizer = tokenizer
         self._skips_special = skip_special_tokens
+        self._shown_special = shown_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         begins_text = all(map(tokenizer.is_special, prompt_ids))
         self._at_start = tokenizer.drops_first_space and begins_text
@@ -36,11 +40,8 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """The text that is certain now; empty while a character is unfinished."""
         if self._tokenizer.is_special(token):
-            return (
-                ""
-                if self._skips_special
-                else self._decoder.decode(self._tokenizer.token_bytes(token))
-            )
+            is_skipped = self._skips_special and token not in self._shown_special
+            return "" if is_skipped else self._decoder.decode(self._tokenizer.token_bytes(token))
         if self._at_start:
             self._at_start = False
             return self._decoder.decode(self._tokenizer.first_bytes(token))

@@ -87,6 +87,16 @@ class Settings(BaseSettings):
     chat_template: str | None = Field(
         None, description="A jinja file or text that replaces the checkpoint's chat template"
     )
+    tool_call_parser: Literal[
+        "auto", "hermes", "llama3_json", "pythonic", "llama4_pythonic", "mistral"
+    ] = Field(
+        "auto",
+        description="How the model writes calls of functions; auto: as its chat template says",
+    )
+    reasoning_parser: Literal["auto", "none", "think", "deepseek_r1", "qwen3", "mistral"] = Field(
+        "auto",
+        description="How the model fences its reasoning; auto: as its template and tokenizer say",
+    )
     seed: int | None = Field(
         None, description="Makes the seeds drawn for requests without one repeatable"
     )

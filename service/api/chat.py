@@ -16,7 +16,7 @@ from service.api.conversation import Chat, prepare
 from service.api.jobs import respond
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
-from service.api.reading import AnswerReader, CallDelta, Delta
+from service.api.reading import AnswerReader, CallDelta, Delta, ReasoningCount
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.chat import (
     AnsweredCall,
@@ -56,6 +56,8 @@ class ChatShape:
     def __init__(self, fields: ChatRequest, chat: Chat) -> None:
         self._job = job = chat.job
         self._readers: dict[int, AnswerReader] = defaultdict(chat.reader)
+        self._thoughts: dict[int, ReasoningCount] = {}
+        self._calls_alone = chat.calls_alone
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name
@@ -72,12 +74,14 @@ class ChatShape:
         """The role comes first, in a chunk of its own, as OpenAI sends it."""
         chunks: list[Struct] = []
         if event.is_first:
-            role = ChatDelta(role="assistant", content="")
+            role = ChatDelta(role="assistant", content=UNSET if self._calls_alone else "")
             opening = self._chunk([ChatChunkChoice(event.index, role)], usage)
             if self._has_ids:
                 opening.prompt_token_ids = self._job.prompts[0].ids
             chunks.append(opening)
         delta, logprobs = self._read(event), self._read_logprobs(event)
+        if usage:
+            self._count_reasoning(usage)
         if delta or logprobs or self._has_ids or event.finish_reason is not None:
             choice = ChatChunkChoice(
                 event.index,
@@ -92,8 +96,15 @@ class ChatShape:
 
     def _read(self, event: Event) -> Delta:
         reader = self._readers[event.index]
+        count = self._thoughts.setdefault(event.index, ReasoningCount(reader))
+        count.add(event.offsets)
         delta = reader.push(event.text) if event.pieces else Delta()
         return delta if event.finish_reason is None else delta + reader.flush()
+
+    def _count_reasoning(self, usage: Usage) -> None:
+        usage.completion_tokens_details.reasoning_tokens = sum(
+            count.num_tokens for count in self._thoughts.values()
+        )
 
     def _finish_reason(self, event: Event) -> FinishReason | None:
         if event.finish_reason == "stop" and self._readers[event.index].has_calls:
@@ -106,6 +117,7 @@ class ChatShape:
         return self._logprobs.chat(event.logprobs)
 
     def last_chunk(self, usage: Usage) -> Struct:
+        self._count_reasoning(usage)
         return self._chunk([], usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
@@ -119,12 +131,14 @@ class ChatShape:
         )
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
+        choices = [self._choice(event) for event in events]
+        self._count_reasoning(usage)
         answer = ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._model,
             system_fingerprint=self._job.fingerprint,
-            choices=[self._choice(event) for event in events],
+            choices=choices,
             usage=usage,
         )
         if self._has_ids:
@@ -144,7 +158,7 @@ class ChatShape:
         delta = self._read(event)
         return ChatChoice(
             index=event.index,
-            message=_chat_message(delta),
+            message=_chat_message(delta, self._calls_alone),
             logprobs=self._logprobs.chat(event.logprobs) if self._has_logprobs else None,
             finish_reason=self._finish_reason(event),
             stop_reason=event.stop_reason,
@@ -158,8 +172,8 @@ def _chat_delta(delta: Delta) -> ChatDelta:
         chunk.content = delta.content
     if delta.reasoning:
         chunk.reasoning_content = delta.reasoning
-    if delta.calls:
-        chunk.tool_calls = [_call_chunk(call) for call in delta.calls]
+    if calls := [call for call in delta.calls if not call.is_broken]:
+        chunk.tool_calls = [_call_chunk(call) for call in calls]
     return chunk
 
 
@@ -170,13 +184,15 @@ def _call_chunk(call: CallDelta) -> ToolCallChunk:
     return ToolCallChunk(call.index, function, call.id or UNSET, "function")
 
 
-def _chat_message(delta: Delta) -> ChatMessage:
-    message = ChatMessage(delta.content if delta.content or not delta.calls else None)
+def _chat_message(delta: Delta, calls_alone: bool) -> ChatMessage:
+    calls = delta.whole_calls()
+    has_content = delta.content or not (calls or calls_alone)
+    message = ChatMessage(delta.content if has_content else None)
     if delta.reasoning:
         message.reasoning_content = delta.reasoning
-    if delta.calls:
+    if calls:
         message.tool_calls = [
             AnsweredCall(call.id or "", AnsweredFunction(call.name or "", call.arguments))
-            for call in delta.whole_calls()
+            for call in calls
         ]
     return message

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from service.api.dialects import dialect_of, marks_of, shown_ids
 from service.api.exchange import Exchange
 from service.api.jobs import check, make_job, make_sampling, truncation
-from service.api.prompts import encode_chat, truncate
-from service.api.reading import AnswerReader, PlainText
+from service.api.prompts import encode_chat, template_for, truncate
+from service.api.readers.thinking import Marks, ThinkingReader
+from service.api.reading import AnswerReader
 from service.api.schemas.chat import ChatRequest
 from service.api.server import Server
 from service.api.submission import Job, Prompt
+from service.api.tools import ToolPlan, read_plan
 from service.errors import InvalidRequest
 from service.registry import ServedModel
+
+if TYPE_CHECKING:
+    from model.tokenizer import Tokenizer
+
+TAIL = 32  # tokens; more than an opening mark and the blanks after it take
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,7 @@ class Chat:
     job: Job
     headers: dict[str, str]  # go with any answer
     reader: Callable[[], AnswerReader]  # a new one for each choice
+    calls_alone: bool = False  # content is null
 
 
 async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Chat:
@@ -40,12 +50,35 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
         prompt_param="messages",
         budget_param=budget,
     )
-    ids = await read_conversation(fields, server, model)
+    plan = read_plan(fields)
+    ids = await read_conversation(fields, server, model, plan)
     kept = truncate(ids, truncation(fields, sampling), fields.truncation_side)
     prompt = Prompt(kept, sampling.for_prompt(len(kept)), _echo(fields))
-    return Chat(
-        make_job(fields, server, exchange, model, engine, [prompt]), headers, reader=PlainText
+    template = template_for(
+        fields, model, allowed=server.settings.allow_request_chat_template
+    ).source
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    dialect = dialect_of(template, tokenizer, server.settings.tool_call_parser)
+    marks = marks_of(template, tokenizer, server.settings.reasoning_parser)
+    shown = (
+        *(dialect.markers if plan.is_auto else ()),
+        *((marks.open, marks.close) if marks else ()),
     )
+    job = make_job(
+        fields,
+        server,
+        exchange,
+        model,
+        engine,
+        [prompt],
+        grammar=plan.grammar(),
+        shown_special=shown_ids(shown, tokenizer),
+    )
+    if marks is None or job.grammar:  # a grammar leaves no room for thoughts
+        return Chat(job, headers, lambda: plan.reader(dialect), plan.is_constrained)
+    is_open = begins_in_thought(fields, prompt, tokenizer, marks)
+    return Chat(job, headers, lambda: ThinkingReader(marks, plan.reader(dialect), is_open=is_open))
 
 
 def read_max_tokens(fields: ChatRequest) -> tuple[str, int | None]:
@@ -66,7 +99,9 @@ def read_logprobs(fields: ChatRequest) -> int | None:
     return None
 
 
-async def read_conversation(fields: ChatRequest, server: Server, model: ServedModel) -> list[int]:
+async def read_conversation(
+    fields: ChatRequest, server: Server, model: ServedModel, plan: ToolPlan
+) -> list[int]:
     effort = fields.reasoning_effort
     return await encode_chat(
         fields.messages,
@@ -75,7 +110,23 @@ async def read_conversation(fields: ChatRequest, server: Server, model: ServedMo
         allow_template=server.settings.allow_request_chat_template,
         add_special_tokens=bool(fields.add_special_tokens),
         extra={} if effort is None else {"reasoning_effort": effort},
+        tools=plan.tools,
+        tool_call_parser=server.settings.tool_call_parser,
     )
+
+
+def begins_in_thought(
+    fields: ChatRequest, prompt: Prompt, tokenizer: Tokenizer, marks: Marks
+) -> bool:
+    """Whether the prompt has opened the reasoning the answer goes on with: templates do, and a
+    message that is continued may have."""
+    if prompt.echo:
+        return False
+    if fields.continue_final_message:
+        said = fields.messages[-1].text() or ""
+        return said.rfind(marks.open) > said.rfind(marks.close)
+    tail = tokenizer.decode(prompt.ids[-TAIL:], skip_special_tokens=False)
+    return tail.rstrip().endswith(marks.open)
 
 
 def _echo(fields: ChatRequest) -> str:

@@ -102,7 +102,7 @@ def _translate(error: HTTPException) -> PronkError:
 def invalid(error: ValidationError, body: Any) -> InvalidRequest:
     """The deepest of pydantic's complaints: in a union the others speak of types not meant."""
     problems = error.errors(include_url=False, include_input=False)
-    paths = [_address(problem["loc"], body) for problem in problems]
+    paths = [_address(problem["loc"], body, problem["type"] == "missing") for problem in problems]
     deepest = max(range(len(problems)), key=lambda i: (len(paths[i]), _is_meant(problems[i]), -i))
     path = path_text(paths[deepest])
     message = MESSAGES.get(problems[deepest]["type"], problems[deepest]["msg"])
@@ -114,13 +114,12 @@ def _is_meant(problem: ErrorDetails) -> bool:
     return not problem["type"].endswith("_type")
 
 
-def _address(location: tuple[int | str, ...], body: Any) -> list[int | str]:
+def _address(location: tuple[int | str, ...], body: Any, is_missing: bool) -> list[int | str]:
     """``location`` without pydantic's names of union members: only what leads into ``body``."""
     path: list[int | str] = []
     for position, step in enumerate(location):
         child = _child(body, step)
-        is_missing_field = isinstance(body, dict) and position == len(location) - 1
-        if child is not MISSING or (is_missing_field and step != "[key]"):
+        if child is not MISSING or (is_missing and position == len(location) - 1):
             path.append(step)
             body = child
     return path

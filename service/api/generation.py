@@ -186,6 +186,7 @@ class _PromptText:
             prompt_ids=prompt_ids,
             skip_special_tokens=self._job.text.skip_special_tokens,
             spaces_between_special_tokens=self._job.text.spaces_between_special_tokens,
+            shown_special=self._job.text.shown_special,
         )
 
     def _log(self, event: Event) -> None:

@@ -52,19 +52,24 @@ def ignored_headers(request: BaseModel, strict: bool) -> dict[str, str]:
 
 
 NOT_YET = {
-    "tools": "tool calling",
-    "tool_choice": "tool calling",
-    "parallel_tool_calls": "tool calling",
-    "functions": "tool calling",
-    "function_call": "tool calling",
     "suffix": "filling in the middle",
     "use_beam_search": "beam search",
 }
-HARMLESS = {"tool_choice": ("none",), "suffix": ("",), "use_beam_search": (False,)}
+HARMLESS = {
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "functions": ([],),
+    "function_call": ("none",),
+}
+OLDER = {"functions": "tools", "function_call": "tool_choice"}  # and what to send instead
 
 
 def refuse_unsupported(request: BaseModel) -> None:
     """Raises ``NotSupportedYet`` for what the wire knows and this version does not serve."""
+    for name, newer in OLDER.items():
+        value = getattr(request, name, None)
+        if value is not None and value not in HARMLESS[name]:
+            raise NotSupportedYet(f"{name}: send {newer}, which replaced it.", param=name)
     for name, feature in NOT_YET.items():
         value = getattr(request, name, None)
         if value is not None and value not in HARMLESS.get(name, ()):

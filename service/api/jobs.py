@@ -64,6 +64,7 @@ def make_job(
     *,
     echo_logprobs: int | None = None,
     grammar: str = "",
+    shown_special: frozenset[int] = frozenset(),
 ) -> Job:
     """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs.
 
@@ -82,6 +83,7 @@ def make_job(
             include_stop=bool(fields.include_stop_str_in_output),
             skip_special_tokens=skip_special,
             spaces_between_special_tokens=fields.spaces_between_special_tokens is not False,
+            shown_special=shown_special,
             echo_logprobs=echo_logprobs is not None,
         ),
         namespace=server.namespace(exchange.key_id, fields.cache_salt),

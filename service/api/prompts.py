@@ -6,12 +6,16 @@ Long texts are encoded in a thread, so that streams go on meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.chat_template import ChatTemplate, ChatTemplateError
 from model.tokenizer import TextNotEncodable
+from service.api.dialects import dialect_of
 from service.api.schemas.chat import Message, TemplateFields
+from service.api.schemas.tools import Tool
+from service.api.tool_messages import plain_messages, template_messages
+from service.api.tools import num_characters
 from service.errors import InvalidRequest, PermissionDenied
 
 if TYPE_CHECKING:
@@ -93,17 +97,26 @@ async def encode_chat(
     allow_template: bool,
     add_special_tokens: bool = False,
     extra: dict[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
+    tool_call_parser: str = "auto",
 ) -> list[int]:
     """The ids of the templated conversation; special-token text in contents stays text."""
     check_messages(messages)
     template = template_for(fields, model, allowed=allow_template)
+    assert model.tokenizer is not None
+    dialect = dialect_of(template.source, model.tokenizer, tool_call_parser)
     generation_prompt = wants_generation_prompt(fields)
     kwargs = {**(extra or {}), **(fields.chat_template_kwargs or {})}
-    size = sum(len(message.text() or "") for message in messages)
+    size = sum(len(message.text() or "") for message in messages) + num_characters(tools)
 
     def render() -> list[int]:
+        told = [tool.for_template() for tool in tools]
+        said = template_messages(messages, dialect, arguments_as_text=template.quotes_arguments)
+        if not template.reads_tools:
+            said, told = plain_messages(said, told, dialect), []
         return template.encode(
-            [message.for_template() for message in messages],
+            said,
+            tools=told,
             add_generation_prompt=generation_prompt,
             continue_final_message=bool(fields.continue_final_message),
             kwargs=kwargs,
@@ -115,5 +128,5 @@ async def encode_chat(
         raise InvalidRequest(str(error), param="messages") from None
     if not ids:
         raise InvalidRequest("The messages render to no token.", param="messages")
-    bos = model.tokenizer.bos_id if model.tokenizer is not None else None
+    bos = model.tokenizer.bos_id
     return [bos, *ids] if add_special_tokens and bos is not None and ids[0] != bos else ids

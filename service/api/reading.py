@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +15,7 @@ class CallDelta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""  # more of the JSON text
+    is_broken: bool = False  # it turned out to be none; all its text is content
 
 
 @dataclass(slots=True)
@@ -33,13 +35,14 @@ class Delta:
         )
 
     def whole_calls(self) -> list[CallDelta]:
-        """One for each call, in the order they came."""
+        """One for each call, in the order they came; none for those that broke."""
         calls: dict[int, CallDelta] = {}
         for delta in self.calls:
             call = calls.setdefault(delta.index, CallDelta(delta.index))
             call.id, call.name = call.id or delta.id, call.name or delta.name
             call.arguments += delta.arguments
-        return list(calls.values())
+            call.is_broken = call.is_broken or delta.is_broken
+        return [call for call in calls.values() if not call.is_broken]
 
 
 class AnswerReader(Protocol):
@@ -48,17 +51,39 @@ class AnswerReader(Protocol):
     Reading a whole text at once gives the same as its pieces, joined.
     """
 
-    has_calls: bool  # a whole call was read: ``finish_reason`` is ``tool_calls``
+    @property
+    def has_calls(self) -> bool:
+        """A whole call was read: ``finish_reason`` is ``tool_calls``."""
+
+    @property
+    def reasoning_length(self) -> int:
+        """Characters of the text up to the end of its reasoning, endless while that goes on."""
 
     def push(self, text: str) -> Delta: ...
     def flush(self) -> Delta:
         """The end of the text: what was held back."""
 
 
+class ReasoningCount:
+    """Tokens of one choice's reasoning: those whose text begins before its end."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._offsets: list[int] = []  # where each token's text begins
+
+    def add(self, offsets: list[int]) -> None:
+        self._offsets += offsets
+
+    @property
+    def num_tokens(self) -> int:
+        return bisect_left(self._offsets, self._reader.reasoning_length)
+
+
 class PlainText:
     """All of it is content."""
 
     has_calls = False
+    reasoning_length = 0
 
     def push(self, text: str) -> Delta:
         return Delta(content=text)

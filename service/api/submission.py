@@ -39,6 +39,7 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    shown_special: frozenset[int] = frozenset()  # special tokens that are never left out
     echo_logprobs: bool = False  # the prompt's tokens stand before the answer's in logprobs
 
 

@@ -104,6 +104,7 @@ class Event:
     index: int  # prompt-major over prompts and n
     pieces: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # where each token's text begins
     logprobs: list[TokenNews] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -119,6 +120,7 @@ class Event:
         """Both as one: how a stream is joined to a whole answer."""
         self.pieces += later.pieces
         self.tokens += later.tokens
+        self.offsets += later.offsets
         self.logprobs += later.logprobs
         self.num_tokens += later.num_tokens
         self.finish_reason = later.finish_reason
@@ -177,6 +179,7 @@ class ChoiceText:
         self.num_tokens += 1
         event.num_tokens += 1
         event.tokens.append(token)
+        event.offsets.append(self._offset)
         if logprob is not None:
             event.logprobs.append(TokenNews(token, logprob, self._offset))
 

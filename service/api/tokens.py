@@ -15,6 +15,7 @@ from service.api.prompts import encode, encode_chat, off_loop
 from service.api.sampling import check_ids
 from service.api.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from service.api.server import Server, server_of
+from service.api.tools import read_tools
 from service.errors import InvalidRequest
 from service.registry import ServedModel
 
@@ -50,6 +51,8 @@ async def read_ids(fields: TokenizeRequest, server: Server, model: ServedModel) 
             model,
             allow_template=server.settings.allow_request_chat_template,
             add_special_tokens=bool(fields.add_special_tokens),
+            tools=read_tools(fields.tools),
+            tool_call_parser=server.settings.tool_call_parser,
         )
     assert prompt is not None
     assert tokenizer is not None

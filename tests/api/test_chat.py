@@ -141,10 +141,7 @@ async def test_wrong_messages_are_refused_by_their_path(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
-        ("parallel_tool_calls", True),
-        ("functions", []),
+        ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("structured_outputs", {"json": {}}),

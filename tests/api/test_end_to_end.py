@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import httpx
 import openai
@@ -45,6 +48,55 @@ def test_whole_and_streamed_answers_are_the_same_text(client: openai.OpenAI) -> 
     assert "".join(pieces) == whole.choices[0].text
     assert whole.usage is not None
     assert whole.usage.completion_tokens <= 24
+
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+}
+TOOLS: list[openai.types.chat.ChatCompletionToolUnionParam] = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "get_time"}},
+]
+
+
+@pytest.mark.skipif(find_spec("model.grammar") is None, reason="the engine takes no grammars")
+def test_calls_that_have_to_be_satisfy_their_schemas(client: openai.OpenAI) -> None:
+    """Whatever a model of a few million parameters would rather say."""
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        for seed in range(3):
+            answer = client.chat.completions.create(
+                model=MODEL,
+                messages=HELLO,
+                tools=TOOLS,
+                tool_choice=choice,
+                parallel_tool_calls=False,
+                seed=seed,
+                max_tokens=200,
+            )
+            (told,) = answer.choices
+            assert (told.finish_reason, told.message.content) == ("tool_calls", None)
+            (call,) = told.message.tool_calls or []
+            assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
+            arguments = json.loads(call.function.arguments)
+            if call.function.name == "get_weather":
+                assert set(arguments) == {"city", "days"}
+                assert arguments["city"] in ("Paris", "Rome")
+                assert 1 <= arguments["days"] <= 9
+            else:
+                assert (call.function.name, arguments) == ("get_time", {})
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=HELLO, tools=TOOLS, tool_choice=named, seed=0, stream=True
+    )
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    pieces = [call.function.arguments or "" for call in deltas if call.function]
+    assert len(pieces) > 3
+    assert json.loads("".join(pieces))["city"] in ("Paris", "Rome")
 
 
 def test_chat_streams_and_reports_its_usage(client: openai.OpenAI) -> None:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import openai
+import pydantic
 import pytest
 
 from service.api.app import create_app
 from service.errors import Overloaded
 from service.registry import ModelRegistry
 from service.settings import Settings
-from tests.api.fakes import FakeEngine, served
+from tests.api.fakes import FakeEngine, say, served
 from tests.api.live import listening
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+
+WEATHER = openai.pydantic_function_tool(
+    pydantic.create_model("Weather", city=(str, ...)), name="get_weather"
+)
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "Rain."}
 
 
 @pytest.fixture
 def live() -> Iterator[tuple[str, FakeEngine]]:
     engine = FakeEngine()
-    app = create_app(Settings(api_key=["key"]), ModelRegistry([served(engine)]))
+    large = replace(served(engine), names=["large"], max_model_len=4096)  # tools take room
+    registry = ModelRegistry([served(engine), large])
+    app = create_app(Settings(api_key=["key"]), registry)
     with listening(app) as url:
         yield f"{url}/v1", engine
 
@@ -63,6 +74,34 @@ def test_the_streaming_helper_joins_a_chat(client: openai.OpenAI) -> None:
     assert final.usage.completion_tokens == 13
 
 
+def test_tools_are_called_whole_and_streamed(
+    client: openai.OpenAI, live: tuple[str, FakeEngine]
+) -> None:
+    live[1].script = lambda prompt, one: say(CALL)
+    live[1].group = 4
+    chat = client.chat.completions.create(model="large", messages=MESSAGES, tools=[WEATHER])
+    assert chat.choices[0].finish_reason == "tool_calls"
+    assert openai.types.chat.ChatCompletion.model_validate(chat.to_dict())
+    with client.chat.completions.stream(
+        model="large", messages=MESSAGES, tools=[WEATHER], parallel_tool_calls=True
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    deltas = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert len(deltas) > 2
+    for choice in (chat.choices[0], final.choices[0]):
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content in (None, "")
+        (call,) = choice.message.tool_calls or []
+        assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+    history = [*MESSAGES, chat.choices[0].message.to_dict(), RESULT]
+    live[1].script = lambda prompt, one: say("It rains.")
+    answer = client.chat.completions.create(model="large", messages=history, tools=[WEATHER])  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "It rains."
+
+
 async def test_the_async_client_streams_many_at_once(live: tuple[str, FakeEngine]) -> None:
     async with openai.AsyncOpenAI(base_url=live[0], api_key="key", max_retries=0) as client:
 
@@ -76,7 +115,7 @@ async def test_the_async_client_streams_many_at_once(live: tuple[str, FakeEngine
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny", "org/alias"]
+    assert [model.id for model in client.models.list()] == ["tiny", "org/alias", "large"]
     assert client.models.retrieve("org/alias").id == "org/alias"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")

@@ -139,3 +139,10 @@ def test_a_push_costs_the_same_however_long_the_text(sentencepiece: Tokenizer) -
             detokenizer.push(token)
         laps.append(time.thread_time())
     assert laps[2] - laps[1] < 3 * (laps[1] - laps[0]) + 0.05
+
+
+def test_some_special_tokens_can_be_shown_where_others_are_skipped(shared_dir: Path) -> None:
+    tokenizer = load(shared_dir / "models" / "tokenizers/llama3")
+    tag, end = tokenizer.special_tokens["<|python_tag|>"], tokenizer.special_tokens["<|eot_id|>"]
+    ids = [end, tag, *tokenizer.encode("f()", add_special_tokens=False), end]
+    assert pushed(Detokenizer(tokenizer, shown_special={tag}), ids) == "<|python_tag|>f()"

@@ -9,11 +9,15 @@ from pydantic import Field
 
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.sampling import INT64, Fields, Logprobs, SamplingFields
+from service.api.schemas.tools import ToolChoice, Tools
 
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
-TEMPLATE_FIELDS = {"role", "name", "tool_calls", "tool_call_id", "function_call"}
+TEMPLATE_FIELDS = {"role", "name", "tool_call_id"}
+
+
+ROLES = {"developer": "system", "function": "tool"}  # as templates call them
 
 
 class TextPart(Fields):
@@ -30,6 +34,11 @@ class ToolCall(Fields):
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        named = {"type": "function", "function": function}
+        return named if self.id is None else {"id": self.id, **named}
 
 
 class Message(Fields):
@@ -52,16 +61,24 @@ class Message(Fields):
         return self.content
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates of this family read it: they know ``system``, not ``developer``."""
+        """As chat templates of this family read it: they know ``system`` and ``tool``, not
+        ``developer`` and ``function``."""
         values = self.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
-        if self.role == "developer":
-            values["role"] = "system"
-        values["content"] = self.content
+        values["role"] = ROLES.get(self.role, self.role)
+        values["content"] = self.content or ""
         if isinstance(self.content, list):
             values["content"] = [{"type": "text", "text": part.text} for part in self.content]
         if reasoning := self.reasoning_content or self.reasoning:
             values["reasoning_content"] = reasoning
+        if calls := self.calls():
+            values["tool_calls"] = [call.for_template() for call in calls]
         return values
+
+    def calls(self) -> list[ToolCall]:
+        """Also a call in the older form, of which there is but one."""
+        if self.tool_calls or self.function_call is None:
+            return self.tool_calls or []
+        return [ToolCall(function=self.function_call)]
 
 
 class TemplateFields(Fields):
@@ -71,7 +88,7 @@ class TemplateFields(Fields):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = None
+    tools: Tools | None = None
 
 
 class ChatRequest(SamplingFields, TemplateFields):
@@ -80,8 +97,8 @@ class ChatRequest(SamplingFields, TemplateFields):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
 
