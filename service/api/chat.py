@@ -105,8 +105,8 @@ class ChatShape:
             return None
         return self._logprobs.chat(event.logprobs)
 
-    def last_chunk(self, usage: Usage) -> Struct:
-        return self._chunk([], usage)
+    def last_chunks(self, usage: Usage) -> list[Struct]:
+        return [self._chunk([], usage)]
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(
