@@ -43,6 +43,7 @@ NAMES: Names = (
     (r"\bresponse_format(\.json_schema)?\b", "output_config.format"),
     (r"(\btools\[\d+\])\.function\.parameters\b", r"\1.input_schema"),
     (r"(\btools\[\d+\])\.function\b", r"\1"),
+    (r"\btool_choice\.function\b", "tool_choice"),
 )
 EFFORTS = {"max": "xhigh"}  # the most that chat's word knows
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}

@@ -120,7 +120,7 @@ class MessageShape:
         return MessageAnswer(
             self._id,
             self._model,
-            [self._block(part) for part in self._parts.parts],
+            [self._block(part) for part in self._parts.kept],
             _usage(usage),
             self._stop.stop_reason,
             self._stop.stop_sequence,

@@ -24,7 +24,8 @@ class Part:
     call: CallDelta | None = None  # a call's first: its index, id and name
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenNews] = field(default_factory=list)  # a text's
-    is_cut: bool = False  # the answer ended in the middle of it
+    is_cut: bool = False  # it ended in its middle
+    is_broken: bool = False  # a call that turned out to be none; its text stands in a text too
 
     @property
     def text(self) -> str:
@@ -44,7 +45,7 @@ class AnswerParts:
     """Reads the events of one choice. There is always a part: an empty text where nothing is said.
 
     Log-probabilities go to the text that their tokens stand in; those of reasoning, of calls and of
-    what marks them are nobody's.
+    what announces them are nobody's.
     """
 
     def __init__(self, reader: AnswerReader) -> None:
@@ -54,6 +55,11 @@ class AnswerParts:
         self._news: list[TokenNews] = []  # of tokens whose text has not come
         self._pending: list[TokenNews] = []  # of tokens that no part has yet
         self._offset = 0  # characters read
+
+    @property
+    def kept(self) -> list[Part]:
+        """What the answer is made of in the end: a stream cannot take back a call that broke."""
+        return [part for part in self.parts if not part.is_broken]
 
     @property
     def has_calls(self) -> bool:
@@ -82,22 +88,26 @@ class AnswerParts:
         del self._news[:count]
 
     def _finish(self, *, is_cut: bool) -> Iterator[Change]:
-        if not self.parts:
+        if self._open is None:
             yield self._start("text")
         part = self._open
-        assert part is not None, "only the end closes the last part"
+        assert part is not None, "it was opened"
         if part.kind == "text":
             part.logprobs += self._pending + self._news
         part.is_cut = is_cut
         yield Change("closed", part)
 
     def _grow(self, delta: Delta) -> Iterator[Change]:
+        broken = {call.index for call in delta.calls if call.is_broken}
+        for index in broken:
+            yield from self._break(index)
         if delta.reasoning:
             yield from self._add("reasoning", delta.reasoning)
         if delta.content:
             yield from self._add("text", delta.content)
         for call in delta.calls:
-            yield from self._add("call", call.arguments, call)
+            if call.index not in broken:
+                yield from self._add("call", call.arguments, call)
 
     def _add(self, kind: Kind, text: str, call: CallDelta | None = None) -> Iterator[Change]:
         if not self._goes_on(kind, call):
@@ -113,6 +123,14 @@ class AnswerParts:
             part.pieces.append(text)
             part.logprobs += pending
             yield Change("grew", part, text, pending)
+
+    def _break(self, index: int) -> Iterator[Change]:
+        for part in self.parts:
+            if part.call is not None and part.call.index == index:
+                part.is_cut = part.is_broken = True
+                if part is self._open:
+                    self._open = None
+                    yield Change("closed", part)
 
     def _goes_on(self, kind: Kind, call: CallDelta | None) -> bool:
         if self._open is None or self._open.kind != kind:

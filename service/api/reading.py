@@ -14,6 +14,7 @@ class CallDelta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""  # more of the JSON text
+    is_broken: bool = False  # it turned out to be none; all its text is content
 
 
 @dataclass(slots=True)

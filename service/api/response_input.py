@@ -44,6 +44,7 @@ NAMES: Names = (
     (r"\breasoning_effort\b", "reasoning.effort"),
     (r"\bresponse_format(\.json_schema)?\b", "text.format"),
     (r"(\btools\[\d+\])\.function\b", r"\1"),
+    (r"\btool_choice\.(function|allowed_tools)\b", "tool_choice"),
 )
 STATELESS = {
     "previous_response_id": "this server stores no responses; send the whole conversation in input",
@@ -121,25 +122,18 @@ def _json_schema(wanted: TextFormat) -> dict[str, Any]:
 
 
 def _tools(request: ResponseRequest) -> dict[str, Any]:
-    """``allowed_tools`` shows the model those alone."""
-    tools, choice = request.tools or [], request.tool_choice
-    translated: Any = choice
+    choice: Any = request.tool_choice
     if isinstance(choice, AllowedTools):
-        allowed = {tool.name for tool in choice.tools}
-        tools = [tool for tool in tools if tool.name in allowed]
-        if len(tools) < len(allowed):
-            raise InvalidRequest(
-                "tool_choice.tools: names a function that tools does not have",
-                param="tool_choice.tools",
-            )
-        translated = choice.mode
+        allowed = [named_choice(tool.name) for tool in choice.tools]
+        told = {"mode": choice.mode, "tools": allowed}
+        choice = {"type": "allowed_tools", "allowed_tools": told}
     elif isinstance(choice, NamedTool):
-        translated = named_choice(choice.name)
-    if not tools:
-        return {} if choice in ("auto", "none") else {"tool_choice": translated}
+        choice = named_choice(choice.name)
+    if not request.tools:
+        return {} if choice in ("auto", "none") else {"tool_choice": choice}
     return {
-        "tools": [_function_tool(tool) for tool in tools],
-        "tool_choice": translated,
+        "tools": [_function_tool(tool) for tool in request.tools],
+        "tool_choice": choice,
         "parallel_tool_calls": request.parallel_tool_calls,
     }
 

@@ -89,7 +89,7 @@ class ResponseShape:
             self._response,
             status="failed",
             error=ResponseError("server_error", error.message),
-            output=[self._item(part, "incomplete") for part in self._parts.parts],
+            output=[self._item(part, "incomplete") for part in self._parts.kept],
         )
         return [
             *opening,
@@ -181,7 +181,7 @@ class ResponseShape:
         answer = replace(
             self._response,
             status="completed",
-            output=[self._item(part, _status(part)) for part in self._parts.parts],
+            output=[self._item(part, _status(part)) for part in self._parts.kept],
             usage=_usage(usage),
         )
         match self._finish_reason:
