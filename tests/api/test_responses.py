@@ -1,4 +1,4 @@
-"""``/v1/responses``: items in and out, named events in order, nothing stored, nothing in silence."""
+"""``/v1/responses``: items in and out, named events in order, nothing stored, none in silence."""
 
 from __future__ import annotations
 
