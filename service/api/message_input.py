@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
-from service.api.conversation import Chat, prepare, read_conversation
+from service.api.conversation import Chat, prepare
 from service.api.exchange import Exchange
-from service.api.ignored import refuse_unsupported
 from service.api.schemas.messages import (
     ConversationFields,
     CountRequest,
@@ -27,6 +26,7 @@ from service.api.translation import (
     Message,
     Names,
     call,
+    count_prompt,
     function_tool,
     in_words_of,
     merge_systems,
@@ -57,15 +57,9 @@ async def prepare_message(request: MessagesRequest, server: Server, exchange: Ex
 
 
 async def count_tokens(request: CountRequest, server: Server) -> int:
-    """Of the prompt the request would become; it need not fit."""
     values = _conversation(request)
     with in_words_of(NAMES):
-        fields = to_chat(request, values)
-        refuse_unsupported(fields)
-        model = server.models.get(fields.model)
-        if model.tokenizer is None:
-            raise model.unavailable()
-        return len(await read_conversation(fields, server, model))
+        return await count_prompt(to_chat(request, values), server)
 
 
 def _generation(request: MessagesRequest) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from service.api.conversation import Chat, prepare, read_conversation
+from service.api.conversation import Chat, prepare
 from service.api.exchange import Exchange
-from service.api.ignored import ignored_headers, refuse_unsupported
+from service.api.ignored import ignored_headers
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.responses import (
     AllowedTools,
@@ -28,6 +28,7 @@ from service.api.translation import (
     Message,
     Names,
     call,
+    count_prompt,
     function_tool,
     in_words_of,
     merge_systems,
@@ -215,14 +216,9 @@ def _thoughts(item: ReasoningInput) -> str:
 
 
 async def count_tokens(request: ResponseRequest, server: Server) -> int:
-    """Of the prompt the request would become; it need not fit."""
     fields = as_chat(request)
     with in_words_of(NAMES):
-        refuse_unsupported(fields)
-        model = server.models.get(fields.model)
-        if model.tokenizer is None:
-            raise model.unavailable()
-        return len(await read_conversation(fields, server, model))
+        return await count_prompt(fields, server)
 
 
 async def prepare_response(request: ResponseRequest, server: Server, exchange: Exchange) -> Chat:

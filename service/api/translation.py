@@ -9,9 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from service.api.conversation import read_conversation
 from service.api.errors import invalid
+from service.api.ignored import refuse_unsupported
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.translated import OwnFields
+from service.api.server import Server
 from service.errors import InvalidRequest
 
 Names = Sequence[tuple[str, str]]  # regular expression of chat's words, and the request's own
@@ -26,6 +29,15 @@ def to_chat(request: OwnFields, values: dict[str, Any]) -> ChatRequest:
         return ChatRequest.model_validate(given)
     except ValidationError as error:
         raise invalid(error, given) from None
+
+
+async def count_prompt(fields: ChatRequest, server: Server) -> int:
+    """Tokens of the prompt a request would become; it need not fit."""
+    refuse_unsupported(fields)
+    model = server.models.get(fields.model)
+    if model.tokenizer is None:
+        raise model.unavailable()
+    return len(await read_conversation(fields, server, model))
 
 
 @contextmanager
