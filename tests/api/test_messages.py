@@ -246,7 +246,7 @@ async def test_the_assistant_s_last_words_are_gone_on_with(
 def as_chat(**fields: Any) -> dict[str, Any]:
     request = MessagesRequest.model_validate({"messages": HELLO, "max_tokens": 5} | fields)
     values = message_input._conversation(request) | message_input._generation(request)
-    return to_chat(request, values).model_dump(exclude_none=True)
+    return to_chat(request, values).model_dump(exclude_none=True, by_alias=True)
 
 
 def test_calls_and_results_are_told_in_chat_s_words() -> None:

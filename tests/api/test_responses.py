@@ -352,7 +352,7 @@ def test_tools_formats_and_effort_are_told_in_chat_s_words() -> None:
             "max_output_tokens": 5,
         }
     )
-    values = as_chat(request).model_dump(exclude_none=True)
+    values = as_chat(request).model_dump(exclude_none=True, by_alias=True)
     function = {"name": "f", "parameters": {"type": "object"}, "strict": True}
     assert values["tools"] == [{"type": "function", "function": function}]
     assert values["tool_choice"] == {"type": "function", "function": {"name": "f"}}
