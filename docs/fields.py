@@ -179,6 +179,104 @@ DETOKENIZE: dict[str, tuple[str, str]] = {
     "strict": SHARED["strict"],
 }
 
+OWN: dict[str, tuple[str, str]] = {
+    name: SHARED[name]
+    for name in (
+        "min_p",
+        "seed",
+        "priority",
+        "cache_salt",
+        "deadline_ms",
+        "max_queue_ms",
+        "strict",
+    )
+}
+
+RESPONSES: dict[str, tuple[str, str]] = {
+    "model": SHARED["model"],
+    "input": (
+        "required",
+        "a text, or items: messages (parts `input_text` and `output_text`), `function_call`, "
+        "`function_call_output` (its call must stand before it), `reasoning`; other items, images "
+        "and files: 400",
+    ),
+    "instructions": ("none", "the system message, before one that `input` opens with"),
+    "max_output_tokens": (
+        "what the context leaves",
+        "a stated one that does not fit: 400 `context_length_exceeded`",
+    ),
+    "temperature": SHARED["temperature"],
+    "top_p": SHARED["top_p"],
+    "top_k": SHARED["top_k"],
+    "top_logprobs": ("0", "alternatives beside each token; more than 0 turns logprobs on"),
+    "include": (
+        "none",
+        "`message.output_text.logprobs`; others are named in `X-Ignored-Params`",
+    ),
+    "text": (
+        "text",
+        "`format`: `text`, `json_object` or `json_schema`, as chat's `response_format`",
+    ),
+    "tools": ("none", "functions alone; tools that OpenAI's servers run: 400"),
+    "tool_choice": ("auto", "`allowed_tools` shows the model those alone"),
+    "parallel_tool_calls": ("true", "as in chat"),
+    "max_tool_calls": ("none", "accepted: it bounds tools that a server runs, and there are none"),
+    "reasoning": ("none", "`effort`, handed to the chat template"),
+    "truncation": ("disabled", "`auto` leaves the oldest turns out until the rest fits"),
+    "stream": SHARED["stream"],
+    "stream_options": ("none", "no `include_obfuscation`: `X-Ignored-Params` says so"),
+    "metadata": ("none", "at most 16 texts; echoed"),
+    "user": ("none", "echoed, not used"),
+    "safety_identifier": ("none", "echoed, not used"),
+    "prompt_cache_key": ("none", "echoed, not used"),
+    "service_tier": ("none", "accepted; the answer says `default`"),
+    "store": SHARED["store"],
+    "previous_response_id": ("none", "400: nothing is stored; send the conversation in `input`"),
+    "conversation": ("none", "400: nothing is stored"),
+    "background": ("false", "true: 400"),
+    "prompt": ("none", "400: nothing is stored"),
+    **OWN,
+}
+
+CONVERSATION: dict[str, tuple[str, str]] = {
+    "model": SHARED["model"],
+    "messages": (
+        "required",
+        "of `user`, `assistant` and `system`: a text, or blocks `text`, `tool_use`, `tool_result` "
+        "(its call must stand before it), `thinking`; images and documents: 400. A last message of "
+        "the assistant's is gone on with",
+    ),
+    "system": ("none", "a text or `text` blocks"),
+    "tools": ("none", "with an `input_schema`; Anthropic's own tools: 400"),
+    "tool_choice": (
+        "auto",
+        "`type` is `auto`, `any`, `tool` (with `name`) or `none`; `disable_parallel_tool_use`",
+    ),
+    "thinking": (
+        "the template's",
+        "`type`: handed to the chat template as `enable_thinking`; nothing bounds the thinking, "
+        "`budget_tokens` is named in `X-Ignored-Params`",
+    ),
+    "output_config": (
+        "none",
+        "`effort`, handed to the chat template; `format`: `json_schema` with its `schema`",
+    ),
+    "cache_control": ("none", "accepted, here and in blocks: every prefix is cached anyway"),
+    **OWN,
+}
+
+MESSAGES: dict[str, tuple[str, str]] = {
+    "max_tokens": ("required", "one that does not fit into the context: 400"),
+    "temperature": SHARED["temperature"],
+    "top_p": SHARED["top_p"],
+    "top_k": SHARED["top_k"],
+    "stop_sequences": ("none", "as chat's `stop`"),
+    "stream": SHARED["stream"],
+    "metadata": ("none", "`user_id`: accepted, not used"),
+    "service_tier": ("none", "accepted, not used"),
+}
+
+
 LOAD_ADAPTER: dict[str, tuple[str, str]] = {
     "lora_name": ("required", "the name that selects it, as a model's does; no spaces, `=` or `,`"),
     "lora_path": ("required", "its folder below `--lora-root`"),

@@ -13,13 +13,25 @@ from pydantic import BaseModel
 
 import service.errors
 from docs import fields
-from service.api import adapters, chat, completions, health, models, tokens
+from service.api import (
+    adapters,
+    chat,
+    completions,
+    health,
+    messages,
+    models,
+    responses,
+    tokens,
+)
+from service.api.anthropic_errors import anthropic_envelope, anthropic_status
 from service.api.errors import RequestTimeout
 from service.api.ignored import HARMLESS, NOT_YET
 from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
+from service.api.schemas.messages import ConversationFields, MessagesRequest
+from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.sampling import SamplingFields
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.errors import PronkError
@@ -28,6 +40,7 @@ from service.settings import ENVIRONMENT_PREFIX, Settings
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Written by `python -m docs.generate`; change the code or docs/fields.py instead. -->"
+COUNTED = "`/v1/messages` and `/v1/messages/count_tokens`"
 UNNAMED_ERRORS = {"RateLimited"}  # declared for the wire, raised by nothing yet
 
 SETTINGS_HEAD = f"""# Settings
@@ -50,7 +63,8 @@ WIRE_HEAD = f"""# The wire
 
 {NOTE}
 
-What clients may send and what pronk does with it. The API is OpenAI's, with vLLM's extensions.
+What clients may send and what pronk does with it. The API is OpenAI's, with vLLM's extensions,
+and Anthropic's for `/v1/messages`.
 `null` means absent in every optional field. A field no table names is answered with 200 and named
 in the header `X-Ignored-Params`, or refused with 400 under `strict: true` or `--strict-params`.
 *Refused for now* means a 400 with the code `unsupported_parameter`.
@@ -58,7 +72,7 @@ in the header `X-Ignored-Params`, or refused with 400 under `strict: true` or `-
 ## Routes
 
 `key`: whether it needs one where the server has `--api-key` (`/metrics`: not with
-`--metrics-public`).
+`--metrics-public`), as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
 """
 
@@ -86,10 +100,21 @@ stream began, `data: {"error": {...}}` stands before `[DONE]` in their place. Wh
 nothing comes, a stream carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed,
 or made.
 
+`/v1/responses` answers with a response of items (`reasoning`, `message`, `function_call`) and
+streams `event:` lines with a `sequence_number` each, from `response.created` to
+`response.completed` or `response.incomplete`; what fails ends in `error` and `response.failed`.
+Nothing is stored: asking for an answer later is a 404. `/v1/messages` answers with content blocks
+(`thinking`, `text`, `tool_use`) and streams Anthropic's events from `message_start` to
+`message_stop`, with `ping` while nothing comes and `error` where it fails; a `thinking` block's
+signature is empty. Neither ends in `[DONE]`. An answer that says nothing has one empty text.
+
 ## Errors
 
 One envelope, the four keys always there:
 `{"error": {"message": str, "type": str, "param": str or null, "code": str or null}}`.
+Below `/v1/messages` it is Anthropic's,
+`{"type": "error", "error": {"type": str, "message": str}, "request_id": str}`, with the type (and,
+where it stands there, the status) of the last column.
 
 """
 
@@ -135,24 +160,32 @@ def default(schema: Mapping[str, Any]) -> str:
 
 def wire_page() -> str:
     shared = set(SamplingFields.model_fields)
+    counted = set(ConversationFields.model_fields)
     parts = [WIRE_HEAD, table(("route", "key", "what it does")), *map(row, routes())]
     parts += [SHARED_HEAD, *field_table(SamplingFields, fields.SHARED)]
     for title, schema, notes, known in (
         ("`/v1/completions` alone", CompletionRequest, fields.COMPLETIONS, shared),
         ("`/v1/chat/completions` alone", ChatRequest, fields.CHAT, shared),
+        ("`/v1/responses`", ResponseRequest, fields.RESPONSES, set()),
+        (COUNTED, ConversationFields, fields.CONVERSATION, set()),
+        ("`/v1/messages` alone", MessagesRequest, fields.MESSAGES, counted),
         ("`/tokenize`", TokenizeRequest, fields.TOKENIZE, set()),
         ("`/detokenize`", DetokenizeRequest, fields.DETOKENIZE, set()),
         ("`/v1/load_lora_adapter`", LoadAdapterRequest, fields.LOAD_ADAPTER, set()),
         ("`/v1/unload_lora_adapter`", UnloadAdapterRequest, fields.UNLOAD_ADAPTER, set()),
     ):
         parts += [f"\n## Fields of {title}\n\n", *field_table(schema, notes, known)]
-    parts += [ANSWERS, table(("status", "type", "code", "when")), *map(row, errors())]
+    parts += [
+        ANSWERS,
+        table(("status", "type", "code", "when", "`/v1/messages`")),
+        *map(row, errors()),
+    ]
     return "".join(parts)
 
 
 def routes() -> Iterator[tuple[str, str, str]]:
     """Each route, whether it needs a key where keys are set, and its handler's docstring."""
-    for module in (completions, chat, models, adapters, tokens, health):
+    for module in (completions, chat, responses, messages, models, adapters, tokens, health):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             path = route.path.replace(":path", "")
@@ -185,8 +218,8 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """A JSON schema in a few words: ``int 1..4096``, ``text or list of text``."""
     if "$ref" in schema:
         return kind(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
-    if "anyOf" in schema:
-        options = [kind(one, definitions) for one in schema["anyOf"] if one.get("type") != "null"]
+    if members := schema.get("anyOf") or schema.get("oneOf"):
+        options = [kind(one, definitions) for one in members if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
@@ -227,7 +260,11 @@ def errors() -> Iterator[tuple[str, ...]]:
         if cls.__name__ == "Unavailable":
             codes = list(dict.fromkeys(code for code, _ in REFUSALS.values()))
         listed = ", ".join(f"`{code}`" for code in codes) or "null"
-        yield str(cls.status), f"`{cls.type}`", listed, fields.ERRORS[cls.__name__]
+        when, error = fields.ERRORS[cls.__name__], cls("")
+        status = anthropic_status(error)
+        told = f"`{anthropic_envelope(error, '').error.type}`"
+        theirs = told if status == cls.status else f"{status} {told}"
+        yield str(cls.status), f"`{cls.type}`", listed, when, theirs
 
 
 def table(names: tuple[str, ...]) -> str:

@@ -116,9 +116,9 @@ class ChatShape:
             return None
         return self._logprobs.chat(event.logprobs)
 
-    def last_chunk(self, usage: Usage) -> Struct:
+    def last_chunks(self, usage: Usage) -> list[Struct]:
         self._count_reasoning(usage)
-        return self._chunk([], usage)
+        return [self._chunk([], usage)]
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(

@@ -142,8 +142,8 @@ class CompletionShape:
             return []
         return [self._answer([choice], usage)]
 
-    def last_chunk(self, usage: Usage) -> Struct:
-        return self._answer([], usage)
+    def last_chunks(self, usage: Usage) -> list[Struct]:
+        return [self._answer([], usage)]
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         choices = [self._choice(event) for event in events]

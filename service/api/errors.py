@@ -1,4 +1,4 @@
-"""The one error envelope: every failure of every route leaves through here."""
+"""The error envelope: every failure of every route leaves through here, whatever its dialect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
+from service.api.anthropic_errors import (
+    anthropic_envelope,
+    anthropic_status,
+    speaks_anthropic,
+)
+from service.api.exchange import exchange_of, route_path
 from service.errors import (
     AuthenticationFailed,
     InvalidRequest,
@@ -57,30 +64,36 @@ def envelope(error: PronkError) -> ErrorEnvelope:
     return ErrorEnvelope(ErrorBody(error.message, error.type, param, error.code))
 
 
-def error_response(error: PronkError, headers: Mapping[str, str] | None = None) -> Response:
-    """The envelope with its status and the headers that belong to it."""
+def error_response(
+    error: PronkError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The envelope of the route's dialect, with its status and the headers that belong to it."""
     extra = dict(headers or {})
     if error.retry_after is not None:
         extra["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, AuthenticationFailed):
         extra["WWW-Authenticate"] = "Bearer"
-    body = msgspec.json.encode(envelope(error))
-    return Response(body, error.status, extra, media_type="application/json")
+    content: Struct = envelope(error)
+    status = error.status
+    if speaks_anthropic(route_path(scope)):
+        status = anthropic_status(error)
+        content = anthropic_envelope(error, exchange_of(scope).request_id)
+    return Response(msgspec.json.encode(content), status, extra, media_type="application/json")
 
 
 def internal_error() -> PronkError:
     return PronkError("The server failed on this request; the failure was logged.")
 
 
-async def handle_pronk_error(_: Request, error: Exception) -> Response:
+async def handle_pronk_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PronkError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
-async def handle_http_exception(_: Request, error: Exception) -> Response:
+async def handle_http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown routes and methods."""
     assert isinstance(error, HTTPException)
-    return error_response(_translate(error), error.headers)
+    return error_response(_translate(error), request.scope, error.headers)
 
 
 def _translate(error: HTTPException) -> PronkError:

@@ -11,6 +11,7 @@ from typing import Literal
 from starlette.types import Scope
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+REFUSALS = (503, 529)  # of a server that could not take it
 KEY = "pronk.exchange"  # in the ASGI scope
 
 Outcome = Literal["finished", "failed", "cancelled", "rejected"]
@@ -39,7 +40,7 @@ class Exchange:
             return "failed"
         if self.status < 400:
             return "finished"
-        return "rejected" if self.status < 500 or self.status == 503 else "failed"
+        return "rejected" if self.status < 500 or self.status in REFUSALS else "failed"
 
 
 def request_id(scope: Scope) -> str:
@@ -53,3 +54,12 @@ def exchange_of(scope: Scope) -> Exchange:
     found = scope.get(KEY)
     assert isinstance(found, Exchange), "the edge middleware runs before every route"
     return found
+
+
+def route_path(scope: Scope) -> str:
+    """The path the router will match: without the root path a proxy strips."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path

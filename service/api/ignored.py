@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 from pydantic import BaseModel
@@ -30,13 +30,14 @@ def unknown_fields(request: BaseModel, prefix: str = "") -> Iterator[str]:
                 yield from unknown_fields(item, f"{prefix}{name}[{index}].")
 
 
-def ignored_headers(request: BaseModel, strict: bool) -> dict[str, str]:
-    """The header that names them. Raises ``InvalidRequest`` where nothing may be ignored."""
-    names = []
+def ignored_headers(request: BaseModel, strict: bool, also: Sequence[str] = ()) -> dict[str, str]:
+    """The header that names them, and ``also`` what is known but not done. Raises
+    ``InvalidRequest`` where nothing may be ignored."""
+    names = [quote(name[:LONGEST_NAME], safe="") for name in also[:MOST_NAMED]]
     for name in unknown_fields(request):
-        names.append(name)
         if len(names) == MOST_NAMED:
             break
+        names.append(name)
     if getattr(request, "store", None):
         names = ["store", *names][:MOST_NAMED]
     if not names:

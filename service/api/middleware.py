@@ -16,8 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.anthropic_errors import speaks_anthropic
 from service.api.errors import RequestTimeout, error_response, internal_error
-from service.api.exchange import KEY, Exchange, request_id
+from service.api.exchange import KEY, Exchange, request_id, route_path
 from service.errors import AuthenticationFailed, RequestTooLarge
 from service.metrics import Metrics
 
@@ -43,7 +44,10 @@ class Edge:
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = exchange.request_id
+                if speaks_anthropic(route_path(scope)):
+                    headers["Request-Id"] = exchange.request_id  # as its clients look for it
             await send(message)
 
         try:
@@ -55,7 +59,7 @@ class Edge:
             if exchange.status is not None:
                 exchange.outcome = "failed"
                 raise
-            await error_response(internal_error())(scope, receive, stamped)
+            await error_response(internal_error(), scope)(scope, receive, stamped)
         finally:
             self.metrics.close_exchange(exchange, scope["method"], _handler(scope))
 
@@ -80,41 +84,48 @@ class Authentication:
         if scope["type"] == "lifespan" or not self.digests or route_path(scope) in self.public:
             await self.app(scope, receive, send)
             return
-        offered = Headers(scope=scope).getlist("authorization")
-        key_id = self.identify(offered)
+        headers = Headers(scope=scope)
+        bearers, bare = headers.getlist("authorization"), headers.getlist("x-api-key")
+        key_id = self.identify(bearers, bare)
         if key_id is not None and scope["type"] == "http":
             scope[KEY].key_id = key_id
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await error_response(_unauthenticated(bool(offered)))(scope, receive, send)
+            refused = _unauthenticated(bool(bearers or bare))
+            await error_response(refused, scope)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
 
-    def identify(self, authorization: list[str]) -> str | None:
-        """The caller's key id, or None for a missing, doubled or wrong key."""
-        if len(authorization) != 1:
+    def identify(self, bearers: list[str], bare: list[str]) -> str | None:
+        """The caller's key id, or None for a missing, doubled or wrong key.
+
+        ``bare`` are keys of ``x-api-key``, which Anthropic's clients send; beside a bearer it must
+        be the same key.
+        """
+        if len(bearers) > 1 or len(bare) > 1:
             return None
-        scheme, _, key = authorization[0].partition(" ")
+        found = [self._find_bearer(value) for value in bearers] + [self._find(key) for key in bare]
+        return found[0] if len(set(found)) == 1 else None
+
+    def _find_bearer(self, authorization: str) -> str | None:
+        scheme, _, key = authorization.partition(" ")
+        found = self._find(key)
+        return found if scheme.lower() == "bearer" else None
+
+    def _find(self, key: str) -> str | None:
         offered = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         found = None
         for digest in self.digests:
             if hmac.compare_digest(digest, offered):
                 found = digest.hex()[:16]
-        return found if scheme.lower() == "bearer" else None
+        return found
 
 
 def _unauthenticated(has_offered: bool) -> AuthenticationFailed:
     problem = "The API key is not one of this server's" if has_offered else "No API key came"
-    return AuthenticationFailed(f"{problem}: send it as 'Authorization: Bearer <key>'.")
-
-
-def route_path(scope: Scope) -> str:
-    """The path the router will match: without the root path a proxy strips."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        return path[len(root) :]
-    return path
+    return AuthenticationFailed(
+        f"{problem}: send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
+    )
 
 
 class BodyBounds:

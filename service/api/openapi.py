@@ -11,17 +11,30 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import __version__
+from service.api.anthropic_errors import OVERLOADED, AnthropicEnvelope
 from service.api.errors import ErrorEnvelope
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
+from service.api.schemas.messages import (
+    CountRequest,
+    MessageAnswer,
+    MessageEvent,
+    MessagesRequest,
+    TokenCount,
+)
 from service.api.schemas.models import ModelCard, ModelList
+from service.api.schemas.response_events import InputTokens, ModelResponse, ResponseEvent
+from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 COMPONENT = "#/components/schemas/{}"
 REQUESTS: list[type[BaseModel]] = [
     CompletionRequest,
     ChatRequest,
+    ResponseRequest,
+    MessagesRequest,
+    CountRequest,
     TokenizeRequest,
     DetokenizeRequest,
     LoadAdapterRequest,
@@ -31,11 +44,18 @@ ANSWERS = [
     Completion,
     ChatCompletion,
     ChatChunk,
+    ModelResponse,
+    ResponseEvent,
+    InputTokens,
+    MessageAnswer,
+    MessageEvent,
+    TokenCount,
     ModelCard,
     ModelList,
     Tokenized,
     Detokenized,
     ErrorEnvelope,
+    AnthropicEnvelope,
 ]
 ERRORS = {
     400: "A field is wrong, out of bounds or not supported yet",
@@ -56,7 +76,11 @@ def _json(schema: str) -> dict[str, Any]:
 
 
 def documented(
-    request: type[BaseModel] | None, answer: type[msgspec.Struct] | None, *, streams: bool = False
+    request: type[BaseModel] | None,
+    answer: type[msgspec.Struct] | None,
+    *,
+    streams: bool = False,
+    anthropic: bool = False,
 ) -> dict[str, Any]:
     """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope."""
     text = {"text/plain": {"schema": {"type": "string"}}}
@@ -64,11 +88,14 @@ def documented(
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 404, 503)}
+    if anthropic:
+        statuses = statuses | {OVERLOADED: ERRORS[429]}
+    failed = _json((AnthropicEnvelope if anthropic else ErrorEnvelope).__name__)
     responses: dict[int | str, dict[str, Any]] = {
         200: {"description": "The answer", "content": content}
     }
     for status, description in statuses.items():
-        responses[status] = {"description": description, "content": _json("ErrorEnvelope")}
+        responses[status] = {"description": description, "content": failed}
     extra: dict[str, Any] = {}
     if request is not None:
         extra["requestBody"] = {"required": True, "content": _json(request.__name__)}

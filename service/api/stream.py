@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -40,8 +41,8 @@ class Shape(Protocol):
     def chunks(self, event: Event, usage: Usage | UnsetType | None) -> list[Struct]:
         """The chunks of one event, none where it shows nothing."""
 
-    def last_chunk(self, usage: Usage) -> Struct:
-        """The chunk without choices that carries the usage."""
+    def last_chunks(self, usage: Usage) -> list[Struct]:
+        """What carries the usage of a whole stream, after everything else."""
 
     def whole(self, events: list[Event], usage: Usage) -> Struct: ...
 
@@ -51,6 +52,34 @@ class StreamUsage(Struct, frozen=True):
 
     at_end: bool = False
     always: bool = False
+
+
+encoder = msgspec.json.Encoder()
+
+
+def frame(chunk: Struct) -> bytes:
+    return b"data: %b\n\n" % encoder.encode(chunk)
+
+
+def named_frame(chunk: Struct) -> bytes:
+    """With an ``event:`` line: the tag that is the chunk's ``type``."""
+    name = str(chunk.__struct_config__.tag).encode()
+    return b"event: %b\ndata: %b\n\n" % (name, encoder.encode(chunk))
+
+
+def _enveloped(error: PronkError) -> list[Struct]:
+    return [envelope(error)]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How chunks become a stream, and what stands where nothing else does. The default is that of
+    OpenAI's completions and chat."""
+
+    frame: Callable[[Struct], bytes] = frame
+    failure: Callable[[PronkError], list[Struct]] = _enveloped  # what ends a stream that fails
+    ping: bytes = PING
+    end: bytes = DONE
 
 
 class AnswerResponse(Response):
@@ -69,6 +98,7 @@ class AnswerResponse(Response):
         stream: StreamUsage | None,
         ping_interval: float,
         headers: Mapping[str, str],
+        framing: Framing | None = None,
     ) -> None:
         self.job = job
         self.shape = shape
@@ -77,6 +107,7 @@ class AnswerResponse(Response):
         self.stream = stream
         self.ping_interval = ping_interval
         self.extra_headers = headers
+        self.framing = framing or Framing()
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +124,7 @@ class AnswerResponse(Response):
         await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers})
+        wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers}, self.framing)
         async with generate(self.job, self.metrics) as answer:
             pings = asyncio.create_task(wire.keep_alive(self.ping_interval))
             try:
@@ -118,25 +149,29 @@ class AnswerResponse(Response):
                 if self.stream.always:
                     usage = answer.usage(generated)
                 if chunks := self.shape.chunks(event, usage):
-                    await wire.write(b"".join(map(frame, chunks)))
+                    await wire.write(self._frames(chunks))
         if self.stream.at_end:
-            await wire.write(frame(self.shape.last_chunk(answer.usage(generated))))
+            await wire.write(self._frames(self.shape.last_chunks(answer.usage(generated))))
+
+    def _frames(self, chunks: list[Struct]) -> bytes:
+        return b"".join(map(self.framing.frame, chunks))
 
     def _failure(self, error: Exception) -> bytes:
-        """The terminal event of a stream that cannot go on; the status has been sent already."""
+        """What ends a stream that cannot go on; the status has been sent already."""
         self.exchange.outcome = "failed"
         if not isinstance(error, PronkError):
             logger.error("request %s failed", self.exchange.request_id, exc_info=error)
             error = internal_error()
-        return frame(envelope(error))
+        return self._frames(self.framing.failure(error))
 
 
 class Wire:
     """A response whose headers leave with its first bytes; one writer at a time."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+    def __init__(self, send: Send, headers: Mapping[str, str], framing: Framing) -> None:
         self.has_started = False
         self._send = send
+        self._framing = framing
         self._headers = [
             (name.lower().encode("latin-1"), value.encode("latin-1"))
             for name, value in headers.items()
@@ -155,24 +190,18 @@ class Wire:
             self._last_write = time.monotonic()
 
     async def end(self) -> None:
-        await self.write(DONE)
+        if self._framing.end:
+            await self.write(self._framing.end)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def keep_alive(self, interval: float) -> None:
-        """A comment whenever nothing else was said for so long: proxies cut silent streams."""
+        """A ping whenever nothing else was said for so long: proxies cut silent streams."""
         while True:
             silence = time.monotonic() - self._last_write
             if silence >= interval:
-                await self.write(PING)
+                await self.write(self._framing.ping)
             else:
                 await asyncio.sleep(interval - silence)
-
-
-encoder = msgspec.json.Encoder()
-
-
-def frame(chunk: Struct) -> bytes:
-    return b"data: %b\n\n" % encoder.encode(chunk)
 
 
 async def until_hangup(work: Coroutine[Any, Any, None], receive: Receive) -> bool:

@@ -160,3 +160,24 @@ async def test_a_missing_key_and_a_wrong_one_are_told_apart(
     assert "No API key" in missing
     assert "not one of" in wrong
     assert "third-key" not in wrong
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("x-api-key", "first-key")], 200),
+        ([("x-api-key", "first-key"), ("authorization", "Bearer first-key")], 200),
+        ([("x-api-key", "wrong")], 401),
+        ([("x-api-key", "second-key"), ("authorization", "Bearer first-key")], 401),
+        ([("x-api-key", "")], 401),
+        ([("x-api-key", "first-key"), ("x-api-key", "first-key")], 401),
+        ([("x-api-key", "first-key"), ("authorization", "Bearer wrong")], 401),
+        ([("x-api-key", "wrong"), ("authorization", "Bearer first-key")], 401),
+    ],
+)
+async def test_a_bare_key_counts_as_a_bearer_does(
+    make_app: Callable[..., FastAPI], headers: list[tuple[str, str]], status: int
+) -> None:
+    async with talking_to(make_app(**KEYS)) as client:
+        response = await client.get("/v1/models", headers=headers)
+    assert response.status_code == status

@@ -114,6 +114,44 @@ async def test_the_async_client_streams_many_at_once(live: tuple[str, FakeEngine
         assert await asyncio.gather(*[one() for _ in range(20)]) == ["Hello, world"] * 20
 
 
+def test_responses_are_created_streamed_and_not_stored(client: openai.OpenAI) -> None:
+    response = client.responses.create(model="tiny", input="Hi", instructions="Be kind.")
+    assert response.output_text == "Hello, world"
+    assert response.usage is not None
+    assert response.usage.output_tokens == 13
+    with client.responses.create(model="tiny", input="Hi", stream=True) as stream:
+        events = list(stream)
+    assert events[-1].type == "response.completed"
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == "Hello, world"
+    with pytest.raises(openai.NotFoundError, match="stores no responses"):
+        client.responses.retrieve(response.id)
+    with pytest.raises(openai.BadRequestError, match="stores no responses"):
+        client.responses.create(model="tiny", input="Hi", previous_response_id=response.id)
+
+
+def test_the_streaming_helper_joins_a_response(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="tiny", input="Hi") as stream:
+        snapshots = [e.snapshot for e in stream if e.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert snapshots[-1] == final.output_text == "Hello, world"
+    history = [*final.output, {"role": "user", "content": "And?"}]
+    again = client.responses.create(model="tiny", input=history)  # type: ignore[arg-type]
+    assert again.status == "completed"
+
+
+def test_a_response_that_fails_says_so_in_its_stream(
+    client: openai.OpenAI, live: tuple[str, FakeEngine]
+) -> None:
+    live[1].fail_after = 2
+    with client.responses.create(model="tiny", input="Hi", stream=True) as stream:
+        *_, error, failed = list(stream)
+    assert error.type == "error"
+    assert failed.type == "response.failed"
+    assert failed.response.error is not None
+    assert "failed while" in failed.response.error.message
+
+
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "org/alias", "large"]
     assert client.models.retrieve("org/alias").id == "org/alias"
