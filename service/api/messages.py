@@ -40,6 +40,7 @@ from service.api.schemas.messages import (
     TextOut,
     ThinkingGain,
     ThinkingOut,
+    ThinkingTokens,
     TokenCount,
     ToolUseOut,
 )
@@ -103,14 +104,14 @@ class MessageShape:
         chunks: list[Struct] = []
         if event.is_first:
             assert isinstance(usage, Usage), "a message starts with what its prompt cost"
-            start = MessageAnswer(self._id, self._model, [], _usage(usage))
+            start = MessageAnswer(self._id, self._model, [], self._usage(usage))
             chunks.append(MessageStart(start))
         chunks += map(self._show, self._parts.push(event))
         self._note_end(event)
         return chunks
 
     def last_chunks(self, usage: Usage) -> list[Struct]:
-        return [MessageDelta(self._stop, _usage(usage)), MessageStop()]
+        return [MessageDelta(self._stop, self._usage(usage)), MessageStop()]
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         [event] = events
@@ -121,10 +122,15 @@ class MessageShape:
             self._id,
             self._model,
             [self._block(part) for part in self._parts.kept],
-            _usage(usage),
+            self._usage(usage),
             self._stop.stop_reason,
             self._stop.stop_sequence,
         )
+
+    def _usage(self, usage: Usage) -> MessageUsage:
+        cached = usage.prompt_tokens_details.cached_tokens
+        thinking = ThinkingTokens(self._parts.num_reasoning_tokens)
+        return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached, thinking)
 
     def _note_end(self, event: Event) -> None:
         if event.finish_reason is not None:
@@ -181,8 +187,3 @@ def _stop(event: Event, *, has_calls: bool) -> StopDelta:
         case "stop" if isinstance(event.stop_reason, str):
             return StopDelta("stop_sequence", event.stop_reason)
     return StopDelta(reason, None)
-
-
-def _usage(usage: Usage) -> MessageUsage:
-    cached = usage.prompt_tokens_details.cached_tokens
-    return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)

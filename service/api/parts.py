@@ -7,6 +7,7 @@ engine's outputs were grouped.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -55,6 +56,7 @@ class AnswerParts:
         self._news: list[TokenNews] = []  # of tokens whose text has not come
         self._pending: list[TokenNews] = []  # of tokens that no part has yet
         self._offset = 0  # characters read
+        self._offsets: list[int] = []  # of all tokens
 
     @property
     def kept(self) -> list[Part]:
@@ -65,12 +67,18 @@ class AnswerParts:
     def has_calls(self) -> bool:
         return self._reader.has_calls
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Those that begin before the end of the reasoning, its closing mark included."""
+        return bisect_left(self._offsets, self._reader.reasoning_length)
+
     def push(self, event: Event) -> Iterator[Change]:
         """To be taken one by one: a part grows on after its change was told."""
         return _joined(self._changes(event))
 
     def _changes(self, event: Event) -> Iterator[Change]:
         self._news += event.logprobs
+        self._offsets += event.offsets
         for piece in event.pieces:
             self._offset += len(piece)
             self._take_news(self._offset)

@@ -182,7 +182,7 @@ class ResponseShape:
             self._response,
             status="completed",
             output=[self._item(part, _status(part)) for part in self._parts.kept],
-            usage=_usage(usage),
+            usage=_usage(usage, self._parts.num_reasoning_tokens),
         )
         match self._finish_reason:
             case "stop":
@@ -200,12 +200,12 @@ def _status(part: Part) -> Status:
     return "incomplete" if part.is_cut else "completed"
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: Usage, num_reasoning: int) -> ResponseUsage:
     return ResponseUsage(
         usage.prompt_tokens,
         InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
         usage.completion_tokens,
-        OutputTokensDetails(usage.completion_tokens_details.reasoning_tokens),
+        OutputTokensDetails(num_reasoning),
         usage.total_tokens,
     )
 

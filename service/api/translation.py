@@ -15,6 +15,7 @@ from service.api.ignored import refuse_unsupported
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.translated import OwnFields
 from service.api.server import Server
+from service.api.tools import read_plan
 from service.errors import InvalidRequest
 
 Names = Sequence[tuple[str, str]]  # regular expression of chat's words, and the request's own
@@ -37,7 +38,7 @@ async def count_prompt(fields: ChatRequest, server: Server) -> int:
     model = server.models.get(fields.model)
     if model.tokenizer is None:
         raise model.unavailable()
-    return len(await read_conversation(fields, server, model))
+    return len(await read_conversation(fields, server, model, read_plan(fields)))
 
 
 @contextmanager

@@ -117,6 +117,7 @@ async def test_an_answer_has_every_key(client: httpx.AsyncClient, engine: FakeEn
             "cache_read_input_tokens": 5,
             "cache_creation_input_tokens": 0,
             "output_tokens": 13,
+            "output_tokens_details": {"thinking_tokens": 0},
         },
     }
 

@@ -168,12 +168,17 @@ class ToolUseOut(Struct, tag_field="type", tag="tool_use"):
 Block = TextOut | ThinkingOut | ToolUseOut
 
 
+class ThinkingTokens(Struct):
+    thinking_tokens: int
+
+
 class MessageUsage(Struct):
     """All input is ``input_tokens`` and what was read from the cache."""
 
     input_tokens: int
     output_tokens: int
     cache_read_input_tokens: int
+    output_tokens_details: ThinkingTokens
     cache_creation_input_tokens: int = 0
 
 
