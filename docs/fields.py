@@ -85,9 +85,22 @@ SHARED: dict[str, tuple[str, str]] = {
         "time, at most `--num-speculative-tokens`",
     ),
     "strict": ("false", "refuse unknown fields with a 400, as `--strict-params` for all"),
-    "best_of": ("n", "more than `n` is refused for now"),
-    "use_beam_search": ("false", ""),
-    "length_penalty": ("1", "of beam search: another value is refused for now"),
+    "best_of": (
+        "n",
+        "n..20: generate so many choices and show the `n` of the highest mean log-probability a "
+        "token; usage counts all; not with `stream`. With beam search: the number of beams",
+    ),
+    "use_beam_search": (
+        "false",
+        "the `n` best beams, distinct, best first. Nothing is drawn: `temperature`, `top_p`, "
+        "`top_k`, `min_p` and `seed` change nothing; not with `stream`, `stop`, penalties, bias, "
+        "bans or structured output",
+    ),
+    "length_penalty": (
+        "1",
+        "beams are ranked by log-probability / length ^ this, prompt counted and the end token "
+        "not, as vLLM does; needs `use_beam_search`",
+    ),
     "structured_outputs": ("none", ""),
     "guided_json": ("none", ""),
     "guided_regex": ("none", ""),

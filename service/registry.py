@@ -80,6 +80,8 @@ class Engine(Protocol):
         adapter: str = "",
         adapter_version: int = 0,
         grammar: str = "",
+        pooling: str = "",
+        logprobs_from: int = 1,
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
 
@@ -117,6 +119,7 @@ class ServedModel:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     vocab_size: int | None = None  # rows of the logits; None: the tokenizer's
+    hidden_size: int | None = None  # components of an embedding
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""

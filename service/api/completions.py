@@ -118,7 +118,7 @@ class CompletionShape:
 
     def __init__(self, fields: CompletionRequest, job: Job) -> None:
         self._job = job
-        self._n = job.n
+        self._n = job.num_shown
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name

@@ -63,9 +63,8 @@ NOT_YET = {
     "guided_choice": "structured output",
     "guided_grammar": "structured output",
     "suffix": "filling in the middle",
-    "use_beam_search": "beam search",
 }
-HARMLESS = {"tool_choice": ("none",), "suffix": ("",), "use_beam_search": (False,)}
+HARMLESS = {"tool_choice": ("none",), "suffix": ("",)}
 
 
 def refuse_unsupported(request: BaseModel) -> None:
@@ -77,8 +76,6 @@ def refuse_unsupported(request: BaseModel) -> None:
     response_format = getattr(request, "response_format", None)
     if response_format is not None and response_format.type != "text":
         raise _not_yet("response_format", f"response_format {response_format.type}")
-    if getattr(request, "length_penalty", None) not in (None, 1):
-        raise _not_yet("length_penalty", "beam search")
 
 
 def _not_yet(name: str, feature: str) -> NotSupportedYet:

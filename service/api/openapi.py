@@ -16,12 +16,23 @@ from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterReques
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
 from service.api.schemas.models import ModelCard, ModelList
+from service.api.schemas.pooling import (
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
 from service.api.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 COMPONENT = "#/components/schemas/{}"
 REQUESTS: list[type[BaseModel]] = [
     CompletionRequest,
     ChatRequest,
+    EmbeddingRequest,
+    ScoreRequest,
+    RerankRequest,
     TokenizeRequest,
     DetokenizeRequest,
     LoadAdapterRequest,
@@ -31,6 +42,9 @@ ANSWERS = [
     Completion,
     ChatCompletion,
     ChatChunk,
+    EmbeddingList,
+    ScoreList,
+    Ranking,
     ModelCard,
     ModelList,
     Tokenized,

@@ -181,6 +181,8 @@ class EngineClient:
         adapter: str = "",
         adapter_version: int = 0,
         grammar: str = "",
+        pooling: str = "",
+        logprobs_from: int = 1,
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
         submit = Submit(
@@ -198,6 +200,8 @@ class EngineClient:
             adapter=adapter,
             adapter_version=adapter_version,
             grammar=grammar,
+            pooling=pooling,
+            logprobs_from=logprobs_from,
         )
         generation = await self._admit(submit)
         try:

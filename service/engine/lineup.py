@@ -196,7 +196,8 @@ class Lineup:
         request = sequence.request
         request.first_scheduled = self._clock()
         request.cached_tokens = sequence.num_computed
-        if self._paging.pool.enable_prefix_caching and request.prompt_logprobs is None:
+        reads_cache = request.prompt_logprobs is None and request.submit.pooling != "mean"
+        if self._paging.pool.enable_prefix_caching and reads_cache:
             self._counters.prefix_queries += sequence.num_prompt
             self._counters.prefix_hits += sequence.num_computed
             self._counters.host_hits += num_loaded

@@ -52,10 +52,12 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     deadline: float | None = None  # seconds from receipt to the partial answer
     max_queue: float | None = None  # seconds it may wait for its first step
     prompt_logprobs: int | None = None  # 0..20
+    logprobs_from: int = 1  # the first prompt token that has one
     request_id: str = ""  # for logs only
     adapter: str = ""  # its name, and which loading of it: from State.adapters
     adapter_version: int = 0  # 0: the model itself
     grammar: str = ""  # llguidance's JSON of what the text must be; "" is anything
+    pooling: str = ""  # "mean" or "last" of the prompt's final hidden states; beside max_tokens 0
 
 
 class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
@@ -120,6 +122,7 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     prefill_time: float | None = None
     num_accepted: int = 0  # of ``tokens``, the first so many had been proposed
     num_rejected: int = 0  # proposed tokens that were not said
+    pooled: bytes | None = None  # float32, little-endian: what ``pooling`` asked for
 
 
 class Outputs(Struct, frozen=True, tag="outputs"):

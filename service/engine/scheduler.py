@@ -246,6 +246,8 @@ class Scheduler:
             self._paging.register(sequence)
             if row.num_targets:
                 sequence.request.keep_prompt_logprobs(came.prompt_logprobs, row.num_targets)
+            if row.num_pooled:
+                sequence.request.keep_pooled(row.num_pooled, came.pooled)
             if sequence.num_computed == len(sequence.tokens):
                 self._note_prompt_done(sequence.request)
                 self._draw(row, came.draws, now, out)

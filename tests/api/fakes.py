@@ -87,6 +87,7 @@ class FakeEngine:
     pause: float = 0.0  # seconds before each output
     gate: asyncio.Event | None = None  # nothing comes before it is set
     cached: int = 0
+    pooled: bytes | None = None  # what is said where pooling is asked for
     state: State = field(default_factory=lambda: State(stage="ready"))
     observers: list[Callable[[Outputs | State], None]] = field(default_factory=list)
     submitted: list[dict[str, object]] = field(default_factory=list)
@@ -205,6 +206,8 @@ class FakeGeneration:
                 if is_first and self.prompt_logprobs is not None:
                     first["prompt_logprobs"] = [None, *map(fake_logprob, self.prompt[1:])]
                 is_first = False
+                if reason is not None and self.engine.pooled is not None:
+                    first["pooled"] = self.engine.pooled
                 yield Output(
                     id=self.number,
                     choice=one.choice,

@@ -110,7 +110,7 @@ class SamplingFields(Fields):
 
     best_of: Annotated[int, Field(ge=1)] | None = None
     use_beam_search: bool | None = None
-    length_penalty: float | None = None
+    length_penalty: Annotated[float, Field(ge=-50, le=50)] | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
