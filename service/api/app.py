@@ -16,6 +16,7 @@ from service.api import (
     chat,
     completions,
     embeddings,
+    estimate,
     health,
     models,
     scores,
@@ -50,7 +51,17 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
     )
     metrics = Metrics(registry)
     Server(settings, registry, metrics, app.state)
-    for part in (completions, chat, embeddings, scores, models, adapters, tokens, health):
+    for part in (
+        completions,
+        chat,
+        embeddings,
+        scores,
+        estimate,
+        models,
+        adapters,
+        tokens,
+        health,
+    ):
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)

@@ -62,9 +62,8 @@ NOT_YET = {
     "guided_regex": "structured output",
     "guided_choice": "structured output",
     "guided_grammar": "structured output",
-    "suffix": "filling in the middle",
 }
-HARMLESS = {"tool_choice": ("none",), "suffix": ("",)}
+HARMLESS = {"tool_choice": ("none",)}
 
 
 def refuse_unsupported(request: BaseModel) -> None:

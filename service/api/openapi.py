@@ -15,6 +15,7 @@ from service.api.errors import ErrorEnvelope
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
+from service.api.schemas.estimate import Estimate
 from service.api.schemas.models import ModelCard, ModelList
 from service.api.schemas.pooling import (
     EmbeddingList,
@@ -45,6 +46,7 @@ ANSWERS = [
     EmbeddingList,
     ScoreList,
     Ranking,
+    Estimate,
     ModelCard,
     ModelList,
     Tokenized,
@@ -70,9 +72,16 @@ def _json(schema: str) -> dict[str, Any]:
 
 
 def documented(
-    request: type[BaseModel] | None, answer: type[msgspec.Struct] | None, *, streams: bool = False
+    request: type[BaseModel] | None,
+    answer: type[msgspec.Struct] | None,
+    *,
+    streams: bool = False,
+    others: tuple[type[BaseModel], ...] = (),
 ) -> dict[str, Any]:
-    """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope."""
+    """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope.
+
+    ``others`` are bodies it takes as well.
+    """
     text = {"text/plain": {"schema": {"type": "string"}}}
     content = text if answer is None else _json(answer.__name__)
     if streams:
@@ -84,7 +93,11 @@ def documented(
     for status, description in statuses.items():
         responses[status] = {"description": description, "content": _json("ErrorEnvelope")}
     extra: dict[str, Any] = {}
-    if request is not None:
+    if others:
+        bodies = [{"$ref": COMPONENT.format(one.__name__)} for one in (request, *others) if one]
+        body = {"application/json": {"schema": {"anyOf": bodies}}}
+        extra["requestBody"] = {"required": True, "content": body}
+    elif request is not None:
         extra["requestBody"] = {"required": True, "content": _json(request.__name__)}
     return {"responses": responses, "openapi_extra": extra, "response_model": None}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from service.api.beams import MAX_PATIENCE, search_beams
-from service.engine.messages import Output, SamplingSettings
+from service.engine.messages import Output, SamplingSettings, Submit
 from service.errors import Overloaded
 from service.registry import Engine, Generation, ServedAdapter, ServedModel
 
@@ -89,6 +89,26 @@ class Job:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def asked(self) -> list[Submit]:
+        """Every prompt as the engine would be given it, for a question about them."""
+        return [
+            Submit(
+                number,
+                prompt.ids,
+                prompt.settings,
+                namespace=self.namespace,
+                account=self.account,
+                priority=self.priority,
+                prompt_logprobs=self.prompt_logprobs,
+                logprobs_from=prompt.logprobs_from,
+                adapter="" if self.adapter is None else self.adapter.name,
+                adapter_version=self.adapter_version,
+                grammar=self.grammar,
+                pooling=self.pooling,
+            )
+            for number, prompt in enumerate(self.prompts)
+        ]
 
     def submit(self, number: int) -> AbstractAsyncContextManager[Generation]:
         prompt = self.prompts[number]

@@ -68,7 +68,8 @@ class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
 
 
 class Control(Struct, frozen=True, tag="control", omit_defaults=True):
-    """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter".
+    """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter";
+    "estimate" (what ``submits`` would take if they came now).
 
     Answered by a Reply, or Refused. An adapter is told by its name, a folder to load by its path.
     """
@@ -77,6 +78,7 @@ class Control(Struct, frozen=True, tag="control", omit_defaults=True):
     verb: str
     adapter: str = ""
     path: str = ""
+    submits: list[Submit] = []
 
 
 # ---- engine process -> HTTP process ------------------------------------------------------------

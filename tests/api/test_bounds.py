@@ -113,7 +113,6 @@ async def test_bias_keys_are_ids_and_its_values_bounded(
         ("guided_regex", "a"),
         ("guided_choice", ["a"]),
         ("guided_grammar", "root ::= x"),
-        ("suffix", "end"),
     ],
 )
 async def test_what_is_not_served_yet_is_refused_and_never_ignored(
