@@ -115,7 +115,12 @@ COMPLETIONS: dict[str, tuple[str, str]] = {
         "for each prompt and `n`, prompt by prompt",
     ),
     "logprobs": ("off", "alternatives beside each token's own; 0 is on, with none"),
-    "suffix": ("none", ""),
+    "suffix": (
+        "none",
+        "what follows the text to be filled in; only models with fill-in-the-middle tokens "
+        "(Code Llama, Qwen-Coder, StarCoder, DeepSeek, Codestral), else 400; not with `echo`. "
+        "Under `truncate_prompt_tokens` both keep what is next to the gap",
+    ),
     "parse_special_tokens": ("true", "false: a special token's spelling stays text"),
 }
 
@@ -167,6 +172,54 @@ DETOKENIZE: dict[str, tuple[str, str]] = {
     "model": SHARED["model"],
     "tokens": ("required", "ids of the vocabulary"),
     "strict": SHARED["strict"],
+}
+
+TEXTS: dict[str, tuple[str, str]] = {
+    "model": SHARED["model"],
+    "truncate_prompt_tokens": ("off", "keep so many tokens of each; -1: what fits; not 0"),
+    "truncation_side": ("right", "the side that is cut"),
+    "add_special_tokens": ("true", "put the begin token in front"),
+    "parse_special_tokens": COMPLETIONS["parse_special_tokens"],
+    "priority": SHARED["priority"],
+    "cache_salt": SHARED["cache_salt"],
+    "user": SHARED["user"],
+    "strict": SHARED["strict"],
+}
+
+EMBEDDINGS: dict[str, tuple[str, str]] = {
+    "input": (
+        "required",
+        "one text or many, as text or token ids, none empty; at most `--max-prompts`",
+    ),
+    "encoding_format": ("float", "base64: float32 in little-endian order"),
+    "dimensions": ("all", "the first so many components, of length 1 again"),
+    "pooling": (
+        "`--pooling`",
+        "`mean`: the mean of the final hidden states of all tokens; `last`: those of the last one",
+    ),
+    **TEXTS,
+}
+
+JUDGED = ("off", "keep so many tokens of both together; only the first text is cut; -1: what fits")
+
+SCORE: dict[str, tuple[str, str]] = {
+    "text_1": ("required", "one text or many, none empty"),
+    "text_2": (
+        "required",
+        "what is judged: one text or many; one `text_1` goes with each, else as many as there are. "
+        "Nothing is put between the two",
+    ),
+    **TEXTS,
+    "truncate_prompt_tokens": JUDGED,
+}
+
+RERANK: dict[str, tuple[str, str]] = {
+    "query": ("required", "judged after each document and a line break"),
+    "documents": ("required", "texts, or objects of which `text` counts; at most `--max-prompts`"),
+    "top_n": ("all", "only the first so many"),
+    "return_documents": ("true", "repeat the texts in the answer"),
+    **TEXTS,
+    "truncate_prompt_tokens": JUDGED,
 }
 
 LOAD_ADAPTER: dict[str, tuple[str, str]] = {

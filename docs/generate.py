@@ -13,13 +13,24 @@ from pydantic import BaseModel
 
 import service.errors
 from docs import fields
-from service.api import adapters, chat, completions, health, models, tokens
+from service.api import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    estimate,
+    health,
+    models,
+    scores,
+    tokens,
+)
 from service.api.errors import RequestTimeout
 from service.api.ignored import HARMLESS, NOT_YET
 from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
+from service.api.schemas.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
 from service.api.schemas.sampling import SamplingFields
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.errors import PronkError
@@ -84,6 +95,15 @@ stream began, `data: {"error": {...}}` stands before `[DONE]` in their place. Wh
 nothing comes, a stream carries a comment every `--ping-interval` seconds. `X-Request-Id` is echoed,
 or made.
 
+Embeddings have length 1. A score is exp of the mean log-likelihood a token of the text that is
+judged, each token given all before it: a number in (0, 1] that orders texts under this model. It is
+no probability that a document is relevant.
+
+An estimate has `prompt_tokens`, `cached_tokens`, `max_new_tokens`, `max_model_len`, `fits_context`,
+`queue_seconds`, `prefill_seconds`, `decode_seconds` and `total_seconds`, `would_be_admitted`
+and, if not, the `reason`. Seconds come from measured steps at the present load. Those of decoding are for
+all of `max_new_tokens`; answers that run now are taken to become as long as answers were lately.
+
 ## Errors
 
 One envelope, the four keys always there:
@@ -138,6 +158,9 @@ def wire_page() -> str:
     for title, schema, notes, known in (
         ("`/v1/completions` alone", CompletionRequest, fields.COMPLETIONS, shared),
         ("`/v1/chat/completions` alone", ChatRequest, fields.CHAT, shared),
+        ("`/v1/embeddings`", EmbeddingRequest, fields.EMBEDDINGS, set()),
+        ("`/v1/score`", ScoreRequest, fields.SCORE, set()),
+        ("`/v1/rerank`", RerankRequest, fields.RERANK, set()),
         ("`/tokenize`", TokenizeRequest, fields.TOKENIZE, set()),
         ("`/detokenize`", DetokenizeRequest, fields.DETOKENIZE, set()),
         ("`/v1/load_lora_adapter`", LoadAdapterRequest, fields.LOAD_ADAPTER, set()),
@@ -150,7 +173,17 @@ def wire_page() -> str:
 
 def routes() -> Iterator[tuple[str, str, str]]:
     """Each route, whether it needs a key where keys are set, and its handler's docstring."""
-    for module in (completions, chat, models, adapters, tokens, health):
+    for module in (
+        completions,
+        chat,
+        embeddings,
+        scores,
+        estimate,
+        models,
+        adapters,
+        tokens,
+        health,
+    ):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             path = route.path.replace(":path", "")
