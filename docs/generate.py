@@ -101,8 +101,9 @@ no probability that a document is relevant.
 
 An estimate has `prompt_tokens`, `cached_tokens`, `max_new_tokens`, `max_model_len`, `fits_context`,
 `queue_seconds`, `prefill_seconds`, `decode_seconds` and `total_seconds`, `would_be_admitted`
-and, if not, the `reason`. Seconds come from measured steps at the present load. Those of decoding are for
-all of `max_new_tokens`; answers that run now are taken to become as long as answers were lately.
+and, if not, the `reason`. Seconds come from measured steps at the present load. Those of decoding
+are for all of `max_new_tokens`; answers that run now are taken to become as long as answers were
+lately.
 
 ## Errors
 

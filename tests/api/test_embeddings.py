@@ -6,6 +6,7 @@ import asyncio
 import base64
 import struct
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 from service.errors import Overloaded
 from tests.api.fakes import BOS, FakeEngine
 from tests.api.tiny import Tiny, tiny_checkpoint, tiny_server
+from tests.model.peft_folders import ALL, merged, random_adapter, tensors_of, write_folder
 
 URL = "/v1/embeddings"
 real = pytest.mark.asyncio(loop_scope="module")
@@ -93,6 +95,24 @@ async def test_the_compiled_kernels_give_them_too(network_folder: Folder) -> Non
             for text, one in zip(TEXTS, alone, strict=True):
                 wanted = expected(tiny, [BOS, *text.encode()], pooling)
                 assert float(torch.tensor(one).double() @ wanted) > 0.99
+
+
+@real
+async def test_an_adapter_has_embeddings_of_its_own(network_folder: Folder) -> None:
+    path, network = network_folder
+    adapter = random_adapter(network, ALL, seed=3)
+    write_folder(path.parent / "a", tensors_of(adapter), target_modules=list(ALL))
+    limits = {"adapters": {"a": str(path.parent / "a")}, "max_loras": 1, "max_lora_rank": 8}
+    async with tiny_server(path, network, **limits) as tiny:
+        changed = replace(tiny, network=merged(network, adapter, 2.0))
+        ids = [BOS, *b"The sea was calm. " * 4]
+        both = await asyncio.gather(
+            embed(tiny, ids, model="a"), embed(tiny, ids), embed(tiny, ids, model="a")
+        )
+        assert close(both[0][0], expected(changed, ids, "mean"))
+        assert close(both[1][0], expected(tiny, ids, "mean"))
+        assert not close(both[0][0], expected(tiny, ids, "mean"))
+        assert both[2] == both[0]
 
 
 @real

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from service.api.app import create_app
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
-from service.registry import ModelRegistry, ServedModel
+from service.registry import ModelRegistry, ServedAdapter, ServedModel
 from service.settings import Settings
 from tests.api.conftest import talking_to
 from tests.api.fakes import EOS, VOCABULARY, ByteTokenizer
@@ -74,6 +74,8 @@ async def tiny_server(
     try:
         await engine.wait_ready()
         model = ServedModel(["tiny"], [engine], CONTEXT, ByteTokenizer(), eos_token_ids=(EOS,))
+        for name, folder in limits.get("adapters", {}).items():
+            model.adapters[name] = ServedAdapter(name, Path(folder))
         app = create_app(Settings(**settings or {}), ModelRegistry([model]))
         async with talking_to(app) as client:
             yield Tiny(client, engine, network)
