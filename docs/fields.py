@@ -90,9 +90,22 @@ SHARED: dict[str, tuple[str, str]] = {
         "time, at most `--num-speculative-tokens`",
     ),
     "strict": ("false", "refuse unknown fields with a 400, as `--strict-params` for all"),
-    "best_of": ("n", "more than `n` is refused for now"),
-    "use_beam_search": ("false", ""),
-    "length_penalty": ("1", "of beam search: another value is refused for now"),
+    "best_of": (
+        "n",
+        "n..20: generate so many choices and show the `n` of the highest mean log-probability a "
+        "token; usage counts all; not with `stream`. With beam search: the number of beams",
+    ),
+    "use_beam_search": (
+        "false",
+        "the `n` best beams, distinct, best first. Nothing is drawn: `temperature`, `top_p`, "
+        "`top_k`, `min_p` and `seed` change nothing; not with `stream`, `stop`, penalties, bias, "
+        "bans or structured output",
+    ),
+    "length_penalty": (
+        "1",
+        "beams are ranked by log-probability / length ^ this, prompt counted and the end token "
+        "not, as vLLM does; needs `use_beam_search`",
+    ),
     "structured_outputs": (
         "none",
         "vLLM's: exactly one of `json` (a schema or its text), `regex` (16 Ki characters), "
@@ -113,7 +126,12 @@ COMPLETIONS: dict[str, tuple[str, str]] = {
         "for each prompt and `n`, prompt by prompt",
     ),
     "logprobs": ("off", "alternatives beside each token's own; 0 is on, with none"),
-    "suffix": ("none", ""),
+    "suffix": (
+        "none",
+        "what follows the text to be filled in; only models with fill-in-the-middle tokens "
+        "(Code Llama, Qwen-Coder, StarCoder, DeepSeek, Codestral), else 400; not with `echo`. "
+        "Under `truncate_prompt_tokens` both keep what is next to the gap",
+    ),
     "parse_special_tokens": ("true", "false: a special token's spelling stays text"),
 }
 
@@ -277,6 +295,54 @@ MESSAGES: dict[str, tuple[str, str]] = {
 }
 
 
+TEXTS: dict[str, tuple[str, str]] = {
+    "model": SHARED["model"],
+    "truncate_prompt_tokens": ("off", "keep so many tokens of each; -1: what fits; not 0"),
+    "truncation_side": ("right", "the side that is cut"),
+    "add_special_tokens": ("true", "put the begin token in front"),
+    "parse_special_tokens": COMPLETIONS["parse_special_tokens"],
+    "priority": SHARED["priority"],
+    "cache_salt": SHARED["cache_salt"],
+    "user": SHARED["user"],
+    "strict": SHARED["strict"],
+}
+
+EMBEDDINGS: dict[str, tuple[str, str]] = {
+    "input": (
+        "required",
+        "one text or many, as text or token ids, none empty; at most `--max-prompts`",
+    ),
+    "encoding_format": ("float", "base64: float32 in little-endian order"),
+    "dimensions": ("all", "the first so many components, of length 1 again"),
+    "pooling": (
+        "`--pooling`",
+        "`mean`: the mean of the final hidden states of all tokens; `last`: those of the last one",
+    ),
+    **TEXTS,
+}
+
+JUDGED = ("off", "keep so many tokens of both together; only the first text is cut; -1: what fits")
+
+SCORE: dict[str, tuple[str, str]] = {
+    "text_1": ("required", "one text or many, none empty"),
+    "text_2": (
+        "required",
+        "what is judged: one text or many; one `text_1` goes with each, else as many as there are. "
+        "Nothing is put between the two",
+    ),
+    **TEXTS,
+    "truncate_prompt_tokens": JUDGED,
+}
+
+RERANK: dict[str, tuple[str, str]] = {
+    "query": ("required", "judged after each document and a line break"),
+    "documents": ("required", "texts, or objects of which `text` counts; at most `--max-prompts`"),
+    "top_n": ("all", "only the first so many"),
+    "return_documents": ("true", "repeat the texts in the answer"),
+    **TEXTS,
+    "truncate_prompt_tokens": JUDGED,
+}
+
 LOAD_ADAPTER: dict[str, tuple[str, str]] = {
     "lora_name": ("required", "the name that selects it, as a model's does; no spaces, `=` or `,`"),
     "lora_path": ("required", "its folder below `--lora-root`"),
@@ -300,7 +366,7 @@ ERRORS = {  # class: when
     "GrammarRefused": "a schema, pattern or grammar that is none, that nothing satisfies, or that "
     "takes too much to compile or to follow",
     "ContextLengthExceeded": "prompt and answer are longer than the context",
-    "NotSupportedYet": "a field the wire knows and this version does not serve",
+    "NotSupported": "a field that a newer one replaced, or that would need something stored",
     "RequestTimeout": "the body came too slowly (`--body-timeout`)",
     "RequestTooLarge": "the body is larger than `--max-body-bytes`",
     "UnsupportedMediaType": "the content type is not JSON",

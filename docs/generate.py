@@ -17,20 +17,23 @@ from service.api import (
     adapters,
     chat,
     completions,
+    embeddings,
+    estimate,
     health,
     messages,
     models,
     responses,
+    scores,
     tokens,
 )
 from service.api.anthropic_errors import anthropic_envelope, anthropic_status
 from service.api.errors import RequestTimeout
-from service.api.ignored import HARMLESS, NOT_YET
 from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
 from service.api.schemas.messages import ConversationFields, MessagesRequest
+from service.api.schemas.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
 from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.sampling import SamplingFields
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -67,7 +70,6 @@ What clients may send and what pronk does with it. The API is OpenAI's, with vLL
 and Anthropic's for `/v1/messages`.
 `null` means absent in every optional field. A field no table names is answered with 200 and named
 in the header `X-Ignored-Params`, or refused with 400 under `strict: true` or `--strict-params`.
-*Refused for now* means a 400 with the code `unsupported_parameter`.
 
 ## Routes
 
@@ -107,6 +109,16 @@ Nothing is stored: asking for an answer later is a 404. `/v1/messages` answers w
 (`thinking`, `text`, `tool_use`) and streams Anthropic's events from `message_start` to
 `message_stop`, with `ping` while nothing comes and `error` where it fails; a `thinking` block's
 signature is empty. Neither ends in `[DONE]`. An answer that says nothing has one empty text.
+
+Embeddings have length 1. A score is exp of the mean log-likelihood a token of the text that is
+judged, each token given all before it: a number in (0, 1] that orders texts under this model. It is
+no probability that a document is relevant.
+
+An estimate has `prompt_tokens`, `cached_tokens`, `max_new_tokens`, `max_model_len`, `fits_context`,
+`queue_seconds`, `prefill_seconds`, `decode_seconds` and `total_seconds`, `would_be_admitted`
+and, if not, the `reason`. Seconds come from measured steps at the present load. Those of decoding
+are for all of `max_new_tokens`; answers that run now are taken to become as long as answers were
+lately.
 
 ## Errors
 
@@ -169,6 +181,9 @@ def wire_page() -> str:
         ("`/v1/responses`", ResponseRequest, fields.RESPONSES, set()),
         (COUNTED, ConversationFields, fields.CONVERSATION, set()),
         ("`/v1/messages` alone", MessagesRequest, fields.MESSAGES, counted),
+        ("`/v1/embeddings`", EmbeddingRequest, fields.EMBEDDINGS, set()),
+        ("`/v1/score`", ScoreRequest, fields.SCORE, set()),
+        ("`/v1/rerank`", RerankRequest, fields.RERANK, set()),
         ("`/tokenize`", TokenizeRequest, fields.TOKENIZE, set()),
         ("`/detokenize`", DetokenizeRequest, fields.DETOKENIZE, set()),
         ("`/v1/load_lora_adapter`", LoadAdapterRequest, fields.LOAD_ADAPTER, set()),
@@ -185,7 +200,19 @@ def wire_page() -> str:
 
 def routes() -> Iterator[tuple[str, str, str]]:
     """Each route, whether it needs a key where keys are set, and its handler's docstring."""
-    for module in (completions, chat, responses, messages, models, adapters, tokens, health):
+    for module in (
+        completions,
+        chat,
+        responses,
+        messages,
+        embeddings,
+        scores,
+        estimate,
+        models,
+        adapters,
+        tokens,
+        health,
+    ):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             path = route.path.replace(":path", "")
@@ -205,13 +232,8 @@ def field_table(
     for name in notes:
         typed = kind(whole["properties"][name], whole.get("$defs", {}))
         standard, meaning = notes[name]
-        lines.append(row((f"`{name}`", typed, standard, meaning or refusal(name))))
+        lines.append(row((f"`{name}`", typed, standard, meaning)))
     return lines
-
-
-def refusal(name: str) -> str:
-    taken = [f"`{value}`" for value in HARMLESS.get(name, ()) if value not in ("", False)]
-    return f"refused for now ({NOT_YET[name]})" + (f", all but {taken[0]}" if taken else "")
 
 
 def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:

@@ -113,6 +113,11 @@ class Llama(nn.Module):
             logits = self.group.gather_columns(logits)
         return logits.float()
 
+    def states(self, x: Tensor) -> Tensor:
+        """The residual stream behind the last layer [n, hidden] -> what the head sees, float32."""
+        states: Tensor = self.norm(x)
+        return states.float()
+
     def slots(self) -> dict[str, WeightSlot]:
         """Everything a checkpoint must hold, by its Hugging Face name."""
         found = {"model.embed_tokens.weight": self._embedding_slot()}

@@ -16,7 +16,7 @@ from model.largest import largest
 from model.transfers import HostCopy
 
 MAX_ALTERNATIVES = 20
-_FOUND = 32  # more than 20, so that a tie at the last asked place is seen
+_FOUND = 32  # more than 20, so that a tie at the last asked place is seen; who wants more pays more
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,15 @@ class PendingLogprobs:
     def _read(self, index: int, row: list[float], wanted: int) -> RawLogprob:
         found = (len(row) - 2) // 2
         ids, logprobs = row[2 : 2 + found], row[2 + found :]
-        if 0 < wanted < self.logits.size(1) and logprobs[wanted - 1] == logprobs[-1]:
+        wanted = min(wanted, self.logits.size(1))
+        if wanted > found or (
+            0 < wanted < self.logits.size(1) and logprobs[wanted - 1] == logprobs[-1]
+        ):
             ids, logprobs = self._settle_tie(index, wanted)
         return RawLogprob(row[0], int(row[1]), [int(i) for i in ids[:wanted]], logprobs[:wanted])
 
     def _settle_tie(self, index: int, wanted: int) -> tuple[list[float], list[float]]:
-        """Equals beyond those found: which of them come first takes the whole row in order."""
+        """Equals beyond those found, or more than found: that takes the whole row in order."""
         logprobs = torch.log_softmax(self.logits[index], dim=-1)
         _, ids = torch.sort(self.logits[index], descending=True, stable=True)
         return ids[:wanted].tolist(), logprobs[ids[:wanted]].tolist()

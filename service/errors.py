@@ -46,7 +46,7 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class NotSupportedYet(InvalidRequest):
+class NotSupported(InvalidRequest):
     """A field the wire knows and this version does not serve: refused, never ignored."""
 
     code = "unsupported_parameter"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from service import __version__
-from service.engine.messages import Output, Outputs, SamplingSettings, State
+from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit
 from service.errors import ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -80,8 +80,13 @@ class Engine(Protocol):
         adapter: str = "",
         adapter_version: int = 0,
         grammar: str = "",
+        pooling: str = "",
+        logprobs_from: int = 1,
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
+
+    def estimate(self, submits: list[Submit]) -> Coroutine[None, None, dict[str, object]]:
+        """What they would take if they came now. Raises the refusal they would get."""
 
     def load_adapter(self, name: str, folder: str) -> Coroutine[None, None, None]:
         """In place of one of that name; ``state.adapters`` has it then. Raises a PronkError."""
@@ -117,6 +122,7 @@ class ServedModel:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     vocab_size: int | None = None  # rows of the logits; None: the tokenizer's
+    hidden_size: int | None = None  # components of an embedding
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""

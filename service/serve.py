@@ -321,6 +321,7 @@ def describe(served: ServedModel, path: Path, settings: Settings) -> None:
     served.chat_template = load_chat_template(tokenizer, override)
     served.max_model_len = settings.max_model_len or config.max_positions
     served.vocab_size = config.vocab_size
+    served.hidden_size = config.hidden_size
     served.eos_token_ids = tuple(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_ids]))
     served.generation_defaults = generation_defaults(path)
     chosen: tuple[str, ...] = (settings.dtype, settings.device)

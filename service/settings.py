@@ -206,6 +206,14 @@ class Settings(BaseSettings):
     speculative_ngram_max: int = Field(
         4, ge=1, le=32, description="Last tokens compared to find the best place"
     )
+
+    # ---- embeddings
+    pooling: Literal["mean", "last"] = Field(
+        "mean",
+        description="What /v1/embeddings makes of a text's final hidden states where a request "
+        "does not say: their mean, or the last token's",
+    )
+
     # ---- adapters
     lora_modules: LoraModules = Field(
         [],

@@ -11,7 +11,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service import __version__
-from service.api import adapters, chat, completions, health, messages, models, responses, tokens
+from service.api import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    estimate,
+    health,
+    messages,
+    models,
+    responses,
+    scores,
+    tokens,
+)
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
 from service.api.middleware import PUBLIC_PATHS, Authentication, BodyBounds, Edge
@@ -41,7 +53,19 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
     )
     metrics = Metrics(registry)
     Server(settings, registry, metrics, app.state)
-    for part in (completions, chat, responses, messages, models, adapters, tokens, health):
+    for part in (
+        completions,
+        chat,
+        responses,
+        messages,
+        embeddings,
+        scores,
+        estimate,
+        models,
+        adapters,
+        tokens,
+        health,
+    ):
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)

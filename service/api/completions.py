@@ -7,10 +7,13 @@ import time
 
 from fastapi import APIRouter
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
+from service.api.exchange import Exchange
+from service.api.fill_in_middle import encode_inside, fill_in_middle
 from service.api.jobs import check, make_job, make_sampling, respond, truncation
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
@@ -34,6 +37,15 @@ async def create_completion(request: Request) -> Response:
     server = server_of(request)
     exchange = server.receive(request)
     fields = await read_body(request, CompletionRequest)
+    job, headers = await prepare(fields, server, exchange)
+    shape = CompletionShape(fields, job)
+    return respond(fields, server, exchange, job, shape, headers)
+
+
+async def prepare(
+    fields: CompletionRequest, server: Server, exchange: Exchange
+) -> tuple[Job, dict[str, str]]:
+    """The job, and the headers that go with any answer."""
     check_fields(fields, server)
     model, engine, headers = check(fields, server)
     sampling = make_sampling(
@@ -55,8 +67,7 @@ async def create_completion(request: Request) -> Response:
         prompts,
         echo_logprobs=fields.logprobs if fields.echo else None,
     )
-    shape = CompletionShape(fields, job)
-    return respond(fields, server, exchange, job, shape, headers)
+    return job, headers
 
 
 def check_fields(fields: CompletionRequest, server: Server) -> None:
@@ -65,6 +76,8 @@ def check_fields(fields: CompletionRequest, server: Server) -> None:
     if len(fields.prompt) > server.settings.max_prompts:
         most = server.settings.max_prompts
         raise InvalidRequest(f"prompt: takes at most {most} prompts on this server", param="prompt")
+    if fields.suffix and fields.echo:
+        raise InvalidRequest("echo: cannot be used with suffix", param="echo")
     if fields.max_tokens == 0 and not fields.echo:
         raise InvalidRequest("max_tokens: must be at least 1, or 0 with echo", param="max_tokens")
 
@@ -75,6 +88,10 @@ async def read_prompts(
     """Each prompt's ids, its choices' settings and what is echoed of it."""
     length = truncation(fields, sampling)
     size = sum(map(len, fields.prompt)) + len(fields.prompt) * sampling.n
+
+    if fields.suffix:
+        size += len(fields.suffix)
+        return await off_loop(size, lambda: fill_between(fields, model, sampling, length))
 
     def read(number: int) -> Prompt:
         prompt = fields.prompt[number]
@@ -89,11 +106,40 @@ async def read_prompts(
     return await off_loop(size, lambda: [read(number) for number in range(len(fields.prompt))])
 
 
-def prompt_ids(fields: CompletionRequest, model: ServedModel, number: int) -> list[int]:
+def fill_between(
+    fields: CompletionRequest, model: ServedModel, sampling: Sampling, length: int | None
+) -> list[Prompt]:
+    """Prompt and suffix around what is to be filled in, and the tokens that say it is."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    tokens = fill_in_middle(tokenizer)
+    parse = fields.parse_special_tokens is not False
+    after = encode_inside(fields.suffix or "", tokenizer, parse=parse)
+    begin = [] if fields.add_special_tokens is False else list(tokenizer.prefix)
+
+    def read(number: int) -> Prompt:
+        before = prompt_ids(fields, model, number, special=False)
+        if begin and before[: len(begin)] == begin:
+            before = before[len(begin) :]  # the client's ids have it already
+        ids = tokens.prompt(before, after, begin, length)
+        settings = [
+            replace(one, eos_token_ids=(*one.eos_token_ids, *tokens.ends))
+            if one.eos_token_ids
+            else one
+            for one in sampling.for_prompt(len(ids))
+        ]
+        return Prompt(ids, settings)
+
+    return [read(number) for number in range(len(fields.prompt))]
+
+
+def prompt_ids(
+    fields: CompletionRequest, model: ServedModel, number: int, *, special: bool = True
+) -> list[int]:
     prompt = fields.prompt[number]
     if isinstance(prompt, str):
         assert model.tokenizer is not None
-        special = fields.add_special_tokens is not False
+        special = special and fields.add_special_tokens is not False
         parse = fields.parse_special_tokens is not False
         return encode(prompt, model.tokenizer, special=special, parse=parse)
     check_ids(
@@ -118,7 +164,7 @@ class CompletionShape:
 
     def __init__(self, fields: CompletionRequest, job: Job) -> None:
         self._job = job
-        self._n = job.n
+        self._n = job.num_shown
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name

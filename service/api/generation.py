@@ -165,7 +165,7 @@ class _PromptText:
 
     def _push(self, choice: ChoiceText, output: Output) -> Event:
         event = choice.push(output)
-        event.prompt_logprobs = output.prompt_logprobs
+        event.prompt_logprobs, event.pooled = output.prompt_logprobs, output.pooled
         if event.is_first:
             if self._prompt.echo:
                 event.pieces.insert(0, self._prompt.echo)

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from service.errors import InvalidRequest, NotSupportedYet
+from service.errors import InvalidRequest, NotSupported
 
 HEADER = "X-Ignored-Params"
 MOST_NAMED = 20
@@ -52,13 +52,7 @@ def ignored_headers(request: BaseModel, strict: bool, also: Sequence[str] = ()) 
     return {HEADER: ", ".join(names)}
 
 
-NOT_YET = {
-    "suffix": "filling in the middle",
-    "use_beam_search": "beam search",
-}
 HARMLESS = {
-    "suffix": ("",),
-    "use_beam_search": (False,),
     "functions": ([],),
     "function_call": ("none",),
 }
@@ -66,21 +60,8 @@ OLDER = {"functions": "tools", "function_call": "tool_choice"}  # and what to se
 
 
 def refuse_unsupported(request: BaseModel) -> None:
-    """Raises ``NotSupportedYet`` for what the wire knows and this version does not serve."""
+    """Raises ``NotSupported`` for fields that newer ones have replaced."""
     for name, newer in OLDER.items():
         value = getattr(request, name, None)
         if value is not None and value not in HARMLESS[name]:
-            raise NotSupportedYet(f"{name}: send {newer}, which replaced it.", param=name)
-    for name, feature in NOT_YET.items():
-        value = getattr(request, name, None)
-        if value is not None and value not in HARMLESS.get(name, ()):
-            raise _not_yet(name, feature)
-    if getattr(request, "length_penalty", None) not in (None, 1):
-        raise _not_yet("length_penalty", "beam search")
-
-
-def _not_yet(name: str, feature: str) -> NotSupportedYet:
-    return NotSupportedYet(
-        f"{name}: this version of pronk does not support {feature} yet; leave the field out.",
-        param=name,
-    )
+            raise NotSupported(f"{name}: send {newer}, which replaced it.", param=name)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from service.api.constraints import read_constraint
 from service.api.exchange import Exchange
 from service.api.ignored import ignored_headers, refuse_unsupported
-from service.api.sampling import Sampling, check_limits, speculation
+from service.api.sampling import Sampling, check_limits, num_choices, speculation
 from service.api.schemas.sampling import SamplingFields
 from service.api.server import Server
 from service.api.stream import AnswerResponse, Shape, StreamUsage
 from service.api.submission import WAVE, Job, Prompt, TextOptions
+from service.errors import InvalidRequest
 from service.registry import Engine, ServedModel
 
 
@@ -35,6 +36,8 @@ def make_sampling(
     prompt_param: str,
     budget_param: str = "max_tokens",
 ) -> Sampling:
+    if logprobs is None and num_choices(fields) > (fields.n or 1):
+        logprobs = 0  # what they are ranked by; the answer does not show it
     return Sampling(
         fields,
         model,
@@ -71,6 +74,10 @@ def make_job(
     ``grammar`` goes before what the fields say of the answer's text.
     """
     constraint = None if grammar else read_constraint(fields)
+    if fields.use_beam_search and (grammar or constraint is not None):
+        raise InvalidRequest(
+            "use_beam_search: cannot be used with structured output", param="use_beam_search"
+        )
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
     adapter = server.models.find(fields.model)[1]
     skip_special = fields.skip_special_tokens is not False
@@ -100,7 +107,15 @@ def make_job(
         adapter_version=0 if adapter is None else adapter.version(engine),
         grammar=grammar if constraint is None else constraint.grammar,
         grammar_param=None if constraint is None else constraint.param,
+        shown=(fields.n or 1) if num_choices(fields) > (fields.n or 1) else None,
+        length_penalty=_length_penalty(fields),
     )
+
+
+def _length_penalty(fields: SamplingFields) -> float | None:
+    if not fields.use_beam_search:
+        return None
+    return 1.0 if fields.length_penalty is None else fields.length_penalty
 
 
 def _seconds(milliseconds: int | None) -> float | None:

@@ -16,6 +16,7 @@ from service.api.errors import ErrorEnvelope
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
+from service.api.schemas.estimate import Estimate
 from service.api.schemas.messages import (
     CountRequest,
     MessageAnswer,
@@ -24,6 +25,14 @@ from service.api.schemas.messages import (
     TokenCount,
 )
 from service.api.schemas.models import ModelCard, ModelList
+from service.api.schemas.pooling import (
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
 from service.api.schemas.response_events import InputTokens, ModelResponse, ResponseEvent
 from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -35,6 +44,9 @@ REQUESTS: list[type[BaseModel]] = [
     ResponseRequest,
     MessagesRequest,
     CountRequest,
+    EmbeddingRequest,
+    ScoreRequest,
+    RerankRequest,
     TokenizeRequest,
     DetokenizeRequest,
     LoadAdapterRequest,
@@ -50,6 +62,10 @@ ANSWERS = [
     MessageAnswer,
     MessageEvent,
     TokenCount,
+    EmbeddingList,
+    ScoreList,
+    Ranking,
+    Estimate,
     ModelCard,
     ModelList,
     Tokenized,
@@ -81,8 +97,12 @@ def documented(
     *,
     streams: bool = False,
     anthropic: bool = False,
+    others: tuple[type[BaseModel], ...] = (),
 ) -> dict[str, Any]:
-    """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope."""
+    """Arguments of a route: its body, its answer (None: a line of text), errors in one envelope.
+
+    ``others`` are bodies it takes as well.
+    """
     text = {"text/plain": {"schema": {"type": "string"}}}
     content = text if answer is None else _json(answer.__name__)
     if streams:
@@ -97,7 +117,11 @@ def documented(
     for status, description in statuses.items():
         responses[status] = {"description": description, "content": failed}
     extra: dict[str, Any] = {}
-    if request is not None:
+    if others:
+        bodies = [{"$ref": COMPONENT.format(one.__name__)} for one in (request, *others) if one]
+        body = {"application/json": {"schema": {"anyOf": bodies}}}
+        extra["requestBody"] = {"required": True, "content": body}
+    elif request is not None:
         extra["requestBody"] = {"required": True, "content": _json(request.__name__)}
     return {"responses": responses, "openapi_extra": extra, "response_model": None}
 

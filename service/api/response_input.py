@@ -35,7 +35,7 @@ from service.api.translation import (
     named_choice,
     to_chat,
 )
-from service.errors import ContextLengthExceeded, InvalidRequest, NotSupportedYet
+from service.errors import ContextLengthExceeded, InvalidRequest, NotSupported
 
 LOGPROBS = "message.output_text.logprobs"
 NAMES: Names = (
@@ -56,10 +56,10 @@ STATELESS = {
 
 
 def refuse_state(request: ResponseRequest) -> None:
-    """Raises ``NotSupportedYet`` for whatever would need something stored here."""
+    """Raises ``NotSupported`` for whatever would need something stored here."""
     for name, reason in STATELESS.items():
         if getattr(request, name):
-            raise NotSupportedYet(f"{name}: {reason}", param=name)
+            raise NotSupported(f"{name}: {reason}", param=name)
 
 
 def ignored(request: ResponseRequest, server: Server) -> dict[str, str]:

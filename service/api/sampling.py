@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from service.api.schemas.sampling import SamplingFields, Speculation
 from service.engine.messages import SamplingSettings
-from service.errors import ContextLengthExceeded, InvalidRequest, NotSupportedYet
+from service.errors import ContextLengthExceeded, InvalidRequest
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
@@ -27,6 +27,16 @@ DEFAULTS = {  # where neither the request nor the checkpoint's generation_config
     "frequency_penalty": 0.0,
 }
 SEED_BITS = 63
+MAX_BEST_OF = 20
+NOT_WITH_BEAMS: dict[str, Any] = {  # and what they may say all the same
+    "stop": [],
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "allowed_token_ids": [],
+    "bad_words": [],
+}
 
 
 def check_limits(fields: SamplingFields, settings: Settings) -> None:
@@ -37,7 +47,8 @@ def check_limits(fields: SamplingFields, settings: Settings) -> None:
     if fields.stop and len(fields.stop) > settings.max_stop:
         raise _bound("stop", f"takes at most {settings.max_stop} strings on this server")
     if fields.best_of is not None and fields.best_of != n:
-        _check_best_of(fields.best_of, n)
+        _check_best_of(fields, n, settings)
+    check_beams(fields)
     if fields.stream_options is not None and not fields.stream:
         raise _bound("stream_options", "needs stream: true")
     if fields.prompt_logprobs is not None and fields.stream:
@@ -68,13 +79,32 @@ def speculation(fields: SamplingFields, settings: Settings) -> tuple[str, int]:
     )
 
 
-def _check_best_of(best_of: int, n: int) -> None:
-    if best_of < n:
-        raise _bound("best_of", f"must be at least n ({n})")
-    raise NotSupportedYet(
-        "best_of: this version of pronk does not support best_of larger than n yet.",
-        param="best_of",
-    )
+def _check_best_of(fields: SamplingFields, n: int, settings: Settings) -> None:
+    most, best_of = min(MAX_BEST_OF, settings.max_n), fields.best_of or n
+    if not n <= best_of <= most:
+        raise _bound("best_of", f"must be n ({n}), or more and at most {most}")
+    if fields.stream:
+        raise _bound("best_of", f"more than n ({n}) cannot be streamed; leave out stream")
+
+
+def check_beams(fields: SamplingFields) -> None:
+    """Beams are the likeliest texts of the model itself: what would change it has no place."""
+    if not fields.use_beam_search:
+        if fields.length_penalty not in (None, 1):
+            raise _bound("length_penalty", "needs use_beam_search: true")
+        return
+    if fields.stream:
+        raise _bound("use_beam_search", "cannot be streamed; leave out stream")
+    if fields.max_tokens == 0:
+        raise _bound("max_tokens", "must be at least 1 with use_beam_search")
+    for name, neutral in NOT_WITH_BEAMS.items():
+        if getattr(fields, name) not in (None, neutral):
+            raise _bound(name, "cannot be used with use_beam_search, which ranks raw probabilities")
+
+
+def num_choices(fields: SamplingFields) -> int:
+    """That are generated for each prompt; the answer shows the ``n`` best."""
+    return fields.best_of or fields.n or 1
 
 
 def _bound(param: str, message: str) -> InvalidRequest:
@@ -104,7 +134,7 @@ class Sampling:
         seeds: random.Random,
         speculation: tuple[str, int] = ("none", 0),
     ) -> None:
-        self.n = fields.n or 1
+        self.n = num_choices(fields)
         self.context = model.context
         self._max_tokens = max_tokens
         self._default = default_max_tokens

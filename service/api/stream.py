@@ -15,6 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.api.best_of import choose
 from service.api.errors import envelope, internal_error
 from service.api.exchange import Exchange
 from service.api.generation import Answer, generate
@@ -119,6 +120,7 @@ class AnswerResponse(Response):
         async with generate(self.job, self.metrics) as answer:
             events = await answer.joined()
         usage = answer.usage(sum(event.num_tokens for event in events))
+        events = choose(self.job, events)
         body = msgspec.json.encode(self.shape.whole(events, usage))
         response = Response(body, headers=self.extra_headers, media_type="application/json")
         await response(scope, receive, send)

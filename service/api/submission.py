@@ -13,7 +13,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, as
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from service.engine.messages import Output, SamplingSettings
+from service.api.beams import MAX_PATIENCE, search_beams
+from service.engine.messages import Output, SamplingSettings, Submit
 from service.errors import GrammarRefused, Overloaded
 from service.registry import Engine, Generation, ServedAdapter, ServedModel
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
 WAVE = 256  # sequences a request has in the engine at a time, one prompt's n at least
-MAX_PATIENCE = 5.0  # seconds between two tries of a prompt whose wave met a full queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Prompt:
     ids: list[int]
     settings: list[SamplingSettings]  # one a choice
     echo: str = ""
+    logprobs_from: int = 1  # the first token whose log-probability is wanted, where the job asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ class Job:
     adapter_version: int = 0  # the loading it began with serves all of it
     grammar: str = ""  # what every choice's text must be, see service.api.constraints
     grammar_param: str | None = None  # the field it came from
+    pooling: str = ""  # "mean" or "last": final hidden states are asked for, no token
+    shown: int | None = None  # of a prompt's n choices, the best so many; None: all
+    length_penalty: float | None = None  # of beam search, whose beams are the choices; None: none
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +79,11 @@ class Job:
         return len(self.prompts[0].settings)
 
     @property
+    def num_shown(self) -> int:
+        """Choices of each prompt that the answer has."""
+        return self.n if self.shown is None else self.shown
+
+    @property
     def tokenizer(self) -> Tokenizer:
         assert self.model.tokenizer is not None, "only loaded models get jobs"
         return self.model.tokenizer
@@ -83,25 +92,58 @@ class Job:
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    def asked(self) -> list[Submit]:
+        """Every prompt as the engine would be given it, for a question about them."""
+        return [
+            Submit(
+                number,
+                prompt.ids,
+                prompt.settings,
+                namespace=self.namespace,
+                account=self.account,
+                priority=self.priority,
+                prompt_logprobs=self.prompt_logprobs,
+                logprobs_from=prompt.logprobs_from,
+                adapter="" if self.adapter is None else self.adapter.name,
+                adapter_version=self.adapter_version,
+                grammar=self.grammar,
+                pooling=self.pooling,
+            )
+            for number, prompt in enumerate(self.prompts)
+        ]
+
     def submit(self, number: int) -> AbstractAsyncContextManager[Generation]:
-        """Prompt ``number``; its deadline is what is left of the request's."""
         prompt = self.prompts[number]
+        if self.length_penalty is not None:
+            return search_beams(prompt.ids, prompt.settings, self.length_penalty, self._submit)
+        return self._submit(prompt.ids, prompt.settings, logprobs_from=prompt.logprobs_from)
+
+    def _submit(
+        self,
+        ids: list[int],
+        settings: list[SamplingSettings],
+        is_whole_prompt: bool = True,
+        logprobs_from: int = 1,
+    ) -> AbstractAsyncContextManager[Generation]:
+        """Its deadline is what is left of the request's."""
         deadline = self.deadline
         if deadline is not None:
             deadline = max(0.001, deadline - (time.monotonic() - self.arrival))
         return self.engine.submit(
-            prompt.ids,
-            prompt.settings,
+            ids,
+            settings,
             namespace=self.namespace,
             account=self.account,
             priority=self.priority,
             deadline=deadline,
             max_queue=self.max_queue,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs if is_whole_prompt else None,
             request_id=self.request_id,
             adapter="" if self.adapter is None else self.adapter.name,
             adapter_version=self.adapter_version,
             grammar=self.grammar,
+            pooling=self.pooling,
+            logprobs_from=logprobs_from,
         )
 
 

@@ -111,6 +111,7 @@ class Event:
     is_first: bool = False
     num_tokens: int = 0  # that count as generated; an echoed prompt's do not
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first event
+    pooled: bytes | None = None  # what the engine pooled, float32
 
     @property
     def text(self) -> str:

@@ -134,14 +134,21 @@ class EngineClient:
         """Ask the engine for a sign of life between two steps. Raises ``EngineFailure``."""
         return await self._control("ping")
 
-    async def _control(self, verb: str, adapter: str = "", path: str = "") -> Reply:
+    async def estimate(self, submits: list[Submit]) -> dict[str, object]:
+        """What they would take if they came now, by ``Scheduler.estimate``. Raises the refusal."""
+        self._refuse_unless_serving()
+        return (await self._control("estimate", submits=submits)).result
+
+    async def _control(
+        self, verb: str, adapter: str = "", path: str = "", submits: Sequence[Submit] = ()
+    ) -> Reply:
         if not self._supervisor.is_connected:
             raise errors.EngineFailure("no engine is connected")
         number = self._new_id()
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[number] = reply
         try:
-            self._supervisor.send(Control(number, verb, adapter, path))
+            self._supervisor.send(Control(number, verb, adapter, path, list(submits)))
             return await reply
         finally:
             self._replies.pop(number, None)
@@ -181,6 +188,8 @@ class EngineClient:
         adapter: str = "",
         adapter_version: int = 0,
         grammar: str = "",
+        pooling: str = "",
+        logprobs_from: int = 1,
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
         submit = Submit(
@@ -198,6 +207,8 @@ class EngineClient:
             adapter=adapter,
             adapter_version=adapter_version,
             grammar=grammar,
+            pooling=pooling,
+            logprobs_from=logprobs_from,
         )
         generation = await self._admit(submit)
         try:

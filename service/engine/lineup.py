@@ -42,7 +42,7 @@ class Lineup:
         self.waiting = waiting
         share = min(PROMPT_SHARE, max_num_batched_tokens // 2)
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - share)
-        self._budget = max_num_batched_tokens
+        self.budget = max_num_batched_tokens
         self._paging = paging
         self._counters = counters
         self._clock = clock
@@ -73,7 +73,7 @@ class Lineup:
         if self._adapters.num_slots:
             self._place_adapters(step)
         step.put_in_order()
-        room = self._budget - step.num_tokens if may_guess else 0
+        room = self.budget - step.num_tokens if may_guess else 0
         self._speculator.extend(step, room, self._max_model_len, self._paging)
         self._settle_host(step)
 
@@ -157,7 +157,7 @@ class Lineup:
         may_admit = True
         self._turns.begin(self.running)
         prompts = deque(sequence for sequence in self.running if sequence.num_due > 1)
-        while step.num_tokens < self._budget:
+        while step.num_tokens < self.budget:
             head = self._next() if may_admit else None
             if head is not None and not (prompts and prompts[0].order < head.order):
                 may_admit = self._admit(head, step)
@@ -165,7 +165,7 @@ class Lineup:
                     prompts.appendleft(head)
             elif prompts:
                 sequence = prompts.popleft()
-                self._advance(sequence, min(sequence.num_due, self._budget - step.num_tokens), step)
+                self._advance(sequence, min(sequence.num_due, self.budget - step.num_tokens), step)
             else:
                 break
 
@@ -196,7 +196,8 @@ class Lineup:
         request = sequence.request
         request.first_scheduled = self._clock()
         request.cached_tokens = sequence.num_computed
-        if self._paging.pool.enable_prefix_caching and request.prompt_logprobs is None:
+        reads_cache = request.prompt_logprobs is None and request.submit.pooling != "mean"
+        if self._paging.pool.enable_prefix_caching and reads_cache:
             self._counters.prefix_queries += sequence.num_prompt
             self._counters.prefix_hits += sequence.num_computed
             self._counters.host_hits += num_loaded

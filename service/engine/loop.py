@@ -182,8 +182,19 @@ class EngineLoop(Generic[Launched]):
                 self._exit_code = ASKED_TO_STOP
             case "load_adapter" | "unload_adapter":
                 return self._adapter_control(front_end, control)
+            case "estimate":
+                return self._estimate(front_end, control)
         self._connections.send(front_end, Reply(control.id))
         return None
+
+    def _estimate(self, front_end: int, control: Control) -> None:
+        """The answer to a question that costs no step; a refusal is what a submit would get."""
+        try:
+            result = self._scheduler.estimate(control.submits, self._rates.estimate)
+        except PronkError as error:
+            self._connections.send(front_end, as_refused(control.id, error))
+        else:
+            self._connections.send(front_end, Reply(control.id, dict(result)))
 
     def _adapter_control(self, front_end: int, control: Control) -> None:
         """Loading is answered once the files are read (``_tend_adapters``)."""

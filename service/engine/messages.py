@@ -53,10 +53,12 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     deadline: float | None = None  # seconds from receipt to the partial answer
     max_queue: float | None = None  # seconds it may wait for its first step
     prompt_logprobs: int | None = None  # 0..20
+    logprobs_from: int = 1  # the first prompt token that has one
     request_id: str = ""  # for logs only
     adapter: str = ""  # its name, and which loading of it: from State.adapters
     adapter_version: int = 0  # 0: the model itself
     grammar: str = ""  # JSON of what the text must be, see grammar_trial; "" is anything
+    pooling: str = ""  # "mean" or "last" of the prompt's final hidden states; beside max_tokens 0
 
 
 class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
@@ -67,7 +69,8 @@ class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
 
 
 class Control(Struct, frozen=True, tag="control", omit_defaults=True):
-    """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter".
+    """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter";
+    "estimate" (what ``submits`` would take if they came now).
 
     Answered by a Reply, or Refused. An adapter is told by its name, a folder to load by its path.
     """
@@ -76,6 +79,7 @@ class Control(Struct, frozen=True, tag="control", omit_defaults=True):
     verb: str
     adapter: str = ""
     path: str = ""
+    submits: list[Submit] = []
 
 
 # ---- engine process -> HTTP process ------------------------------------------------------------
@@ -121,6 +125,7 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     prefill_time: float | None = None
     num_accepted: int = 0  # of ``tokens``, the first so many had been proposed
     num_rejected: int = 0  # proposed tokens that were not said
+    pooled: bytes | None = None  # float32, little-endian: what ``pooling`` asked for
 
 
 class Outputs(Struct, frozen=True, tag="outputs"):

@@ -31,6 +31,10 @@ class Paging:
             loads.append((slot, sequence.block_table[place], tokens))
         return True
 
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """What a claim would find of it now; nothing is touched."""
+        return self._match(sequence).num_tokens
+
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if not self.pool.enable_prefix_caching:
             return PrefixMatch()

@@ -22,6 +22,7 @@ from model.llama import Llama
 from model.logprobs import RawLogprob
 from model.lora import Adapter, LowRank, read_adapter
 from model.penalties import PenaltyState
+from model.pooling import StatePool
 from model.sampler import Drawn, Sampler
 from model.sampling_row import Draw as RawDraw
 from model.sampling_row import DrawError, Packed, SamplingRow
@@ -99,6 +100,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._kept: dict[tuple[int, int], KeptChoice] = {}  # by request and choice
         self._constrained = ConstrainedRows()
+        self._pools: dict[int, tuple[Sequence, StatePool]] = {}  # by request, between its chunks
         self._adapters: dict[int, Adapter] = {}  # by version, in the host's memory
         self._max_rank = max_lora_rank
 
@@ -212,6 +214,11 @@ class ModelRunner:
                     results[-1] = self._constrained.follow(launched.masks, row, results[-1])
             if results[-1].error is not None:
                 self._cleanse(row)
+            elif row.num_pooled:
+                assert launched.hidden is not None, "hidden states were not kept"
+                end = first + row.count
+                hidden = launched.hidden[end - row.num_pooled : end]
+                results[-1].pooled = self._pool(row, hidden)
             first += row.count + len(row.proposed)
         self._forget_finished()
         return StepResult(results, launched.draft_passes, model_seconds=launched.forward.seconds)
@@ -307,6 +314,19 @@ class ModelRunner:
         for key in gone:
             del self._kept[key]
         self._constrained.forget_finished()
+        for number in [n for n, (own, _) in self._pools.items() if own.status is Status.FINISHED]:
+            del self._pools[number]
+
+    def _pool(self, row: Row, hidden: Tensor) -> bytes | None:
+        """Takes in the states of its tokens; what came of them once the prompt is through."""
+        sequence = row.sequence
+        number = sequence.request.number
+        _, pool = self._pools.pop(number, (sequence, StatePool()))
+        pool.add(self.model.states(hidden))
+        if row.end == sequence.num_prompt:
+            return pool.mean()
+        self._pools[number] = (sequence, pool)
+        return None
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor | None, first: int) -> list[TokenLogprob]:
         """Of ``row.targets``; the row's hidden states begin at ``first``. The head in slices."""

@@ -2,6 +2,7 @@
 
     scheduler = Scheduler(pool, max_num_seqs=..., max_num_batched_tokens=..., max_model_len=...)
     scheduler.add(submit, client)            raises InvalidRequest or a subclass, Overloaded
+    scheduler.estimate(submits, seconds)     what they would take, or raises the same
     scheduler.cancel(id, choice, client)     from any state, idempotent; nothing is sent for it
     scheduler.cancel_client(client)          a connection is lost
     scheduler.expire() -> Deliveries         partial answers of what is out of time
@@ -18,6 +19,7 @@ exactly one Output with a finish_reason, unless it was cancelled.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -31,6 +33,7 @@ from service.engine.blocks import BlockPool
 from service.engine.costs import StepCosts
 from service.engine.counters import Counters, Gauges
 from service.engine.drain_rate import DrainRate
+from service.engine.estimate import Forecast
 from service.engine.expiry import Expiries
 from service.engine.lineup import Lineup
 from service.engine.messages import DEADLINE, GRAMMAR, Output, Submit
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 
 Deliveries = dict[Hashable, list[Output]]
 NO_SPECULATION = SpeculationLimits()
+ASKING = object()  # the client of requests that are only asked about
 
 
 class Scheduler:
@@ -147,6 +151,54 @@ class Scheduler:
         self._limits.check(submit)
         free_slots = max(self._lineup.free_slots, 0)
         self._bounds.check(submit, self._waiting, free_slots, self.rate.seconds_for)
+
+    def estimate(
+        self, submits: Collection[Submit], seconds: Callable[[int], float]
+    ) -> dict[str, float]:
+        """What these would take if they came now, all together; nothing is changed.
+
+        ``seconds`` of a step by its tokens. Raises what ``add`` would, and counts it nowhere.
+        """
+        for submit in submits:
+            self._check(submit, ASKING)
+        forecast = self._forecast(sum(len(submit.settings) for submit in submits), seconds)
+        fresh = [
+            Sequence.start(Request(submit, ASKING, next(self._numbers), 0.0), self.pool.grain)
+            for submit in submits
+        ]
+        forecast.wait_in_line(one for one in self._waiting if one.order < fresh[0].order)
+        cached = [self._paging.cached_tokens(sequence) for sequence in fresh]
+        pages = self.pool.pages_for(len(fresh[0].tokens) - cached[0])
+        passages = [
+            forecast.take_in(
+                len(sequence.tokens) - known,
+                [choice.settings.max_tokens for choice in sequence.choices],
+                has_room=pages <= self.pool.num_free,
+            )
+            for sequence, known in zip(fresh, cached, strict=True)
+        ]
+        end = max(passage.end for passage in passages)
+        start, first = passages[0].start, max(passage.first for passage in passages)
+        return {
+            "cached_tokens": sum(cached),
+            "queue_seconds": start,
+            "prefill_seconds": first - start,
+            "decode_seconds": end - first,
+            "total_seconds": end,
+        }
+
+    def _forecast(self, num_new: int, seconds: Callable[[int], float]) -> Forecast:
+        lineup, costs, counters = self._lineup, self._speculator.costs, self.counters
+        num_ended = counters.finished["stop"] + counters.finished["length"]
+        return Forecast(
+            lineup.running,
+            lineup.max_num_seqs,
+            lineup.budget,
+            counters.generation_tokens / num_ended if num_ended else math.inf,
+            seconds,
+            costs.seconds if costs.is_known else seconds,
+            num_new,
+        )
 
     def cancel(self, id: int, choice: int | None = None, client: Hashable = 0) -> bool:
         """Drops a request, or one choice of it; False if that was gone already."""
@@ -255,6 +307,8 @@ class Scheduler:
             self._paging.register(sequence)
             if row.num_targets:
                 sequence.request.keep_prompt_logprobs(came.prompt_logprobs, row.num_targets)
+            if row.num_pooled:
+                sequence.request.keep_pooled(row.num_pooled, came.pooled)
             if sequence.num_computed == len(sequence.tokens):
                 self._note_prompt_done(sequence.request)
                 self._draw(row, came.draws, now, out)

@@ -71,7 +71,9 @@ class Request:
         "grammar",
         "is_answered",
         "is_prompt_done",
+        "num_pooled",
         "number",
+        "pooled",
         "prompt_logprobs",
         "root",
         "sequences",
@@ -99,8 +101,10 @@ class Request:
         self.sequences: dict[int, Sequence] = {}  # by unfinished choice
         # One entry a prompt token whose logprob is known; the first token's is None.
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
-            None if submit.prompt_logprobs is None else [None]
+            None if submit.prompt_logprobs is None else [None] * max(1, submit.logprobs_from)
         )
+        self.num_pooled = 0  # prompt tokens whose final states are in the pool, from the first on
+        self.pooled: bytes | None = None  # once all are
 
     @property
     def key(self) -> tuple[Hashable, int]:
@@ -116,6 +120,11 @@ class Request:
         assert self.prompt_logprobs is not None, "not asked for"
         assert len(logprobs) == num_targets, "one logprob a target"
         self.prompt_logprobs += logprobs
+
+    def keep_pooled(self, num_tokens: int, pooled: bytes | None) -> None:
+        """Of one chunk; like logprobs they outlive the cache."""
+        self.num_pooled += num_tokens
+        self.pooled = pooled
 
     def output(
         self,
@@ -151,6 +160,7 @@ class Request:
             "prompt_logprobs": None if self.lacks_prompt_logprobs else self.prompt_logprobs,
             "queue_time": (now if started is None else started) - self.arrival,
             "prefill_time": None if started is None else now - started,
+            "pooled": self.pooled,
         }
 
 
@@ -234,10 +244,15 @@ class Sequence:
 
     @property
     def first_logits(self) -> int:
-        """Position of the first row whose logits are needed; before it, cached pages will do."""
+        """Position of the first row whose logits (or states, to be pooled) are needed.
+
+        Before it, cached pages will do.
+        """
         if self.request.lacks_prompt_logprobs:
             assert self.request.prompt_logprobs is not None
             return len(self.request.prompt_logprobs) - 1
+        if self.request.submit.pooling == "mean":
+            return min(self.request.num_pooled, len(self.tokens) - 1)
         return len(self.tokens) - 1
 
     def fork(self) -> list[Sequence]:

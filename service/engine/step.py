@@ -24,6 +24,7 @@ class Row:
     ``num_logits`` counts the last tokens of the row whose logits are wanted. The first
     ``num_targets`` of those predict prompt tokens whose logprob is asked for (``targets``); the
     last one is sampled once for each of ``choices``, with ``choice.settings``, at position ``end``.
+    ``num_pooled`` counts the last tokens of the row whose final states are pooled.
     ``adapter`` is the slot its adapter lies in, if it has one.
 
     A row launched ahead of the step before it computes the token that row ``token_from`` of that
@@ -39,6 +40,7 @@ class Row:
     count: int
     num_logits: int = 0
     num_targets: int = 0
+    num_pooled: int = 0
     choices: tuple[Choice, ...] = ()
     adapter: int | None = None
     num_ahead: int = 0
@@ -133,6 +135,7 @@ class RowResult:
     error: str | None = None
     is_late: bool = False
     is_grammars: bool = False  # the error: its grammar could not be followed any further
+    pooled: bytes | None = None  # with the row that ends a prompt whose states are pooled
 
 
 @dataclass(slots=True)
@@ -173,6 +176,8 @@ def make_row(sequence: Sequence, count: int) -> Row:
         row.num_logits = 1 if row.choices else 0
     if sequence.request.lacks_prompt_logprobs:
         _want_prompt_logprobs(row)
+    if sequence.request.submit.pooling:
+        row.num_pooled = _num_pooled(row)
     return row
 
 
@@ -182,6 +187,14 @@ def _want_prompt_logprobs(row: Row) -> None:
     if first < row.end:
         row.num_logits = row.end - first
         row.num_targets = min(row.end, row.sequence.num_prompt - 1) - first
+
+
+def _num_pooled(row: Row) -> int:
+    """Of a mean every token that is not in it yet, else the last one alone."""
+    request = row.sequence.request
+    if request.submit.pooling == "mean":
+        return max(0, row.end - max(row.start, request.num_pooled))
+    return int(row.end == row.sequence.num_prompt)
 
 
 def _place(row: Row) -> tuple[bool, int]:

