@@ -15,7 +15,6 @@ from model.drawing import slices_of
 from model.largest import largest
 from model.transfers import HostCopy
 
-MAX_ALTERNATIVES = 20
 _FOUND = 32  # more than 20, so that a tie at the last asked place is seen; who wants more pays more
 
 

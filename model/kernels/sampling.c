@@ -17,7 +17,6 @@
 
 #define BLOCK 64            // logits with one maximum kept
 #define CHUNK 16            // blocks with one running sum kept
-#define MOST_TOP 20         // alternatives
 #define FEW 64              // candidates put in order
 #define SHARE_OF_BLOCKS 4   // top-p looks first at what is above the maxima of all but one in so many
 #define UNIT 34359738368.f  // 2^35: weights of filtered rows are whole multiples of its inverse
@@ -49,8 +48,9 @@ typedef struct {
     float *best;                    // [R] the largest logit drawn from; NaN where one is
     float *logprobs;                // [R]
     int32_t *ranks;                 // [R]
-    int32_t *top_ids;               // [R, MOST_TOP]
-    float *top_logprobs;            // [R, MOST_TOP]
+    int32_t *top_ids;               // [R, most]
+    float *top_logprobs;            // [R, most]
+    int32_t most;                   // alternatives of any row
 } Results;
 
 typedef struct {
@@ -431,9 +431,9 @@ static void top_of(const Scanned *row, int wanted, float *values, int32_t *ids) 
 }
 
 static void score(const Scanned *row, const Row *own, int token, int r, const Results *out) {
-    const int wanted = at_most(at_most(own->logprobs, MOST_TOP), row->size);
-    float *top = out->top_logprobs + (long)r * MOST_TOP;
-    int32_t *ids = out->top_ids + (long)r * MOST_TOP;
+    const int wanted = at_most(own->logprobs, out->most);
+    float *top = out->top_logprobs + (long)r * out->most;
+    int32_t *ids = out->top_ids + (long)r * out->most;
     if (wanted) top_of(row, wanted, top, ids);
     const double all = isfinite(row->best) ? row->best + log(mass(row, 1.f, NULL)) : NAN;
     for (int i = 0; i < wanted; i++) top[i] = (float)(top[i] - all);

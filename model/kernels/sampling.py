@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import kernel_library
-from model.logprobs import MAX_ALTERNATIVES, RawLogprob
+from model.logprobs import RawLogprob
 from model.penalties import has_penalty, state_of, strengths
 from model.sampling_row import Draw, Packed, SamplingRow
 
@@ -40,6 +40,7 @@ class _Results(ctypes.Structure):
         ("ranks", _pointer),
         ("top_ids", _pointer),
         ("top_logprobs", _pointer),
+        ("most", ctypes.c_int32),
     )
 
 
@@ -54,8 +55,9 @@ class DrawnRows:
         self._alternatives = alternatives
         self._best, self._logprobs = torch.empty(2, num_rows).unbind()
         self._ranks = torch.empty(num_rows, dtype=torch.int32)
-        self._top_ids = torch.empty(num_rows, MAX_ALTERNATIVES, dtype=torch.int32)
-        self._top_logprobs = torch.empty(num_rows, MAX_ALTERNATIVES)
+        self._most = max([0, *alternatives])
+        self._top_ids = torch.empty(num_rows, self._most, dtype=torch.int32)
+        self._top_logprobs = torch.empty(num_rows, self._most)
 
     def collect(self) -> list[Draw]:
         rows = zip(self.tokens.tolist(), self._best.tolist(), self.scores(), strict=True)
@@ -83,6 +85,7 @@ class DrawnRows:
             self._ranks.data_ptr(),
             self._top_ids.data_ptr(),
             self._top_logprobs.data_ptr(),
+            self._most,
         )
 
 
@@ -98,9 +101,8 @@ class RowsKernel:
     def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> DrawnRows:
         kept: list[object] = []  # whose addresses are packed
         packed = b"".join([self._pack(row, kept) for row in rows])
-        most = min(MAX_ALTERNATIVES, self._vocab_size)
         drawn = DrawnRows(
-            [_OFF if row.logprobs is None else min(row.logprobs, most) for row in rows]
+            [_OFF if row.logprobs is None else min(row.logprobs, self._vocab_size) for row in rows]
         )
         self._call(packed, len(rows), logits, drawn)
         return drawn
@@ -110,7 +112,7 @@ class RowsKernel:
     ) -> list[RawLogprob]:
         """Of ``tokens[i]`` under ``logits[i]``."""
         assert logits.size(0) == len(tokens)
-        wanted = min(num_alternatives, MAX_ALTERNATIVES, self._vocab_size)
+        wanted = min(num_alternatives, self._vocab_size)
         given = _SETTINGS.pack(0, 0, 0, 0, 0, 1.0, 0, _OFF, _GIVEN, 0, wanted, 1, 0, 1, 0, 0)
         steps = [_STEP.pack(0, 0, 0, 0, 0, i, 0, 0, token) for i, token in enumerate(tokens)]
         packed = [step + given for step in steps]
@@ -167,7 +169,7 @@ class RowsKernel:
             _OFF if allowed is None else len(allowed),
             row.kind(self._vocab_size),
             own.top_k,
-            _OFF if row.logprobs is None else min(row.logprobs, MAX_ALTERNATIVES),
+            _OFF if row.logprobs is None else min(row.logprobs, self._vocab_size),
             own.inverse_temperature,
             own.log_min_p,
             *strengths(row),
