@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from model.grammar import GrammarError, GrammarState
 from model.grammar_masks import MaskFiller, Masks, Words, set_bits
-from model.sampler import SamplingRow
+from model.sampling_row import SamplingRow
 from service.engine.sequence import NO_TOKEN, Choice, Draw, Sequence, Status
 from service.engine.step import Row, RowResult, Step
 
