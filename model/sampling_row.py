@@ -38,8 +38,8 @@ class Packed:
     """Room for the settings of a row as the compiled sampler reads them, made at the first draw.
 
     Kept by who draws from the same settings at every step. Nothing of it changes with the row's
-    ``logits_row``, ``position``, ``banned``, ``mask`` and penalty counts; with any other field it is
-    stale.
+    ``logits_row``, ``position``, ``banned``, ``mask`` and penalty counts; with any other field
+    it is stale.
     """
 
     settings: bytes = b""
