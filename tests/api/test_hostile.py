@@ -210,11 +210,15 @@ async def test_a_reader_that_stops_reading_holds_one_chunk_up_and_no_more(
 
 @generating
 @pytest.mark.parametrize("tier", ["auto", "default", "flex", "priority", "scale", "anything"])
-async def test_a_service_tier_is_taken_and_none_is_promised(
+async def test_a_service_tier_is_taken_and_the_one_there_is_is_told(
     client: httpx.AsyncClient, path: str, tier: str
 ) -> None:
-    """There is one tier: the field is known, so it is not named as ignored, nor echoed."""
+    """OpenAI's chat answers say which tier they were made by; completions never do."""
+    wanted = "default" if path == "/v1/chat/completions" else None
     response = await client.post(path, json=GOOD[path] | {"service_tier": tier})
     assert response.status_code == 200
     assert "x-ignored-params" not in response.headers
-    assert response.json().get("service_tier") in (None, "default")
+    assert response.json().get("service_tier") == wanted
+    stream = await client.post(path, json=GOOD[path] | {"service_tier": tier, "stream": True})
+    assert {chunk.get("service_tier") for chunk in chunks_of(stream.text)} == {wanted}
+    assert "service_tier" not in (await client.post(path, json=GOOD[path])).json()
