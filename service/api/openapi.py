@@ -37,7 +37,7 @@ ANSWERS = [
     Detokenized,
     ErrorEnvelope,
 ]
-EVENT = {  # of a stream each, as readers of pages take a stream's schema
+EVENT: dict[str, Any] = {  # of a stream each, as readers of pages take a stream's schema
     "type": "object",
     "properties": {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}},
     "required": ["data"],
