@@ -7,12 +7,15 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test check bench
+.PHONY: serve test clients check bench
 serve: .venv/installed ## serve the bundled model
 	$(BIN)/pronk serve
 
 test: .venv/installed ## the default suite
 	$(BIN)/python -m pytest
+
+clients: ## install other projects' clients, which tests/clients runs
+	PYTHON=$(PYTHON) tests/clients/install
 
 check: .venv/installed ## format, lint, types
 	$(BIN)/ruff format --check .

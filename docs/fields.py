@@ -57,7 +57,7 @@ SHARED: dict[str, tuple[str, str]] = {
     "store": ("false", "accepted; nothing is stored, and `X-Ignored-Params` says so"),
     "safety_identifier": ("none", "accepted, not used"),
     "prompt_cache_key": ("none", "accepted, not used"),
-    "service_tier": ("none", "accepted, not used"),
+    "service_tier": ("none", "there is one tier: chat answers say `default` where it was sent"),
     "priority": ("0", "lower runs earlier"),
     "cache_salt": ("none", "cached prefixes are shared only under the same salt (and API key)"),
     "truncate_prompt_tokens": (

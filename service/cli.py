@@ -1,4 +1,4 @@
-"""The command ``pronk``: serve, chat, quantize, eval, bench, doctor, version.
+"""The command ``pronk``: serve, batch, chat, quantize, eval, bench, doctor, version.
 
 Torch is imported only inside a command.
 """
@@ -45,6 +45,63 @@ def serve(context: typer.Context) -> None:
     except ServeProblem as problem:
         fail(str(problem))
     raise typer.Exit(code)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def batch(
+    context: typer.Context,
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="A request a line: custom_id, method, url, body", dir_okay=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Answers are added to it; default: INPUT.output.jsonl"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model to load; default: the bundled one")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Send to a running server instead, e.g. http://127.0.0.1:8000"),
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="PRONK_API_KEY", help="The server's key", show_default=False)
+    ] = "",
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time; default: what fills the engine")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run lines that have failed once more")
+    ] = False,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format; a second run goes on where one stopped.
+
+    INPUT comes first. Takes the engine's settings as pronk serve does (--dtype, --max-num-seqs...).
+    Exit code: 0 all are answered, 1 it could not run, 3 some lines failed, 130 interrupted.
+    """
+    from service.batch.problem import BatchProblem
+    from service.settings import SettingsProblem, read_settings
+
+    if url is not None and (model is not None or context.args):
+        fail("give a model with its settings or --url, not both", code=2)
+    try:
+        settings = read_settings([*([model] if model is not None else []), *context.args])
+    except SettingsProblem as problem:
+        fail(f"{problem}\nINPUT comes first; the engine's settings: pronk serve --help", code=2)
+    from service.batch.run import BatchSettings, run_batch
+
+    target = output or requests.with_suffix(".output.jsonl")
+    try:
+        done = run_batch(
+            BatchSettings(requests, target, settings, url, api_key, concurrency, retry_failed)
+        )
+    except BatchProblem as problem:
+        fail(str(problem))
+    print(f"{target}: {done.text()}", file=sys.stderr)
+    raise typer.Exit(done.code)
 
 
 @app.command()

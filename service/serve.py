@@ -158,13 +158,15 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class Server:
-    """One HTTP process with its engine, from start to end."""
+class Backend:
+    """A model's engine and the app in front of it; whoever owns it brings it up and asks the app.
 
-    def __init__(self, settings: Settings, source: Source, socket: listener.Socket) -> None:
+    ``pronk serve`` listens for it, ``pronk batch`` reads a file.
+    """
+
+    def __init__(self, settings: Settings, source: Source) -> None:
         self.settings = settings
         self.source = source
-        self.socket = socket
         model = settings.speculative_model
         self.draft = None if model is None else find_model(model)
         self.plan = core_plan(settings, source)
@@ -180,6 +182,48 @@ class Server:
             for name, folder in settings.adapters.items()
         }
         self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
+
+    async def load(self) -> None:
+        """Ready when it returns. Raises ``ServeProblem`` with one clear line."""
+        try:
+            with presentation.loading(self.engine):
+                await self._load()
+                await self.engine.wait_ready()
+        except (EngineFailure, ValueError, OSError) as error:
+            raise ServeProblem(f"cannot serve {self.source.reference}: {error}") from None
+
+    async def _load(self) -> None:
+        path = await self._local(self.source)
+        draft = None if self.draft is None else str(await self._local(self.draft))
+        self.engine.set_model(str(path), draft)
+        await self.engine.start()
+        await asyncio.to_thread(describe, self.model, path, self.settings)
+
+    async def _local(self, source: Source) -> Path:
+        """Where it lies on this machine, fetched first where it is a hub id."""
+        if source.path is not None:
+            return source.path
+        self.engine.announced(State(stage="loading", reason="fetching the checkpoint"))
+        return await asyncio.to_thread(self._download, source)
+
+    def _download(self, source: Source) -> Path:
+        from model.checkpoint import hub
+
+        is_draft = source is self.draft  # --revision names one of the model served
+        return hub.resolve(
+            source.reference,
+            revision=None if is_draft else self.settings.revision,
+            download_dir=self.settings.download_dir,
+            offline=self.settings.offline,
+        )
+
+
+class Server(Backend):
+    """One HTTP process with its engine, from start to end."""
+
+    def __init__(self, settings: Settings, source: Source, socket: listener.Socket) -> None:
+        super().__init__(settings, source)
+        self.socket = socket
         self.http = _Uvicorn(self._uvicorn_config())
         self.code = 0
         self._signals = 0
@@ -228,41 +272,14 @@ class Server:
 
     async def _bring_up(self) -> None:
         try:
-            with presentation.loading(self.engine):
-                await self._load()
-                await self.engine.wait_ready()
-        except (EngineFailure, ValueError, OSError) as error:
-            self._give_up(f"cannot serve {self.source.reference}: {error}")
+            await self.load()
+        except ServeProblem as problem:
+            self._give_up(str(problem))
             return
         presentation.banner(self.settings, self.model, self.engine.state, self.plan, self.socket)
         wants_sample = self.settings.sample
         if wants_sample or (wants_sample is None and self.source.is_bundled):
             await presentation.sample(self.app, self.settings, self.model)
-
-    async def _load(self) -> None:
-        path = await self._local(self.source)
-        draft = None if self.draft is None else str(await self._local(self.draft))
-        self.engine.set_model(str(path), draft)
-        await self.engine.start()
-        await asyncio.to_thread(describe, self.model, path, self.settings)
-
-    async def _local(self, source: Source) -> Path:
-        """Where it lies on this machine, fetched first where it is a hub id."""
-        if source.path is not None:
-            return source.path
-        self.engine.announced(State(stage="loading", reason="fetching the checkpoint"))
-        return await asyncio.to_thread(self._download, source)
-
-    def _download(self, source: Source) -> Path:
-        from model.checkpoint import hub
-
-        is_draft = source is self.draft  # --revision names one of the model served
-        return hub.resolve(
-            source.reference,
-            revision=None if is_draft else self.settings.revision,
-            download_dir=self.settings.download_dir,
-            offline=self.settings.offline,
-        )
 
     def _on_engine(self, message: object) -> None:
         """An engine that will not come back ends the server: its keeper can start it anew."""

@@ -37,6 +37,7 @@ from service.api.server import server_of
 from service.api.text import Event
 
 router = APIRouter()
+SERVICE_TIER = "default"  # whichever was asked for: there is one
 
 
 @router.post("/v1/chat/completions", **documented(ChatRequest, ChatCompletion, streams=True))
@@ -61,6 +62,7 @@ class ChatShape:
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._model = fields.model or job.model.name
+        self._tier: str | UnsetType = UNSET if fields.service_tier is None else SERVICE_TIER
         self._has_logprobs = bool(fields.logprobs)
         self._has_ids = bool(fields.return_token_ids)
         self._prompt_alternatives = fields.prompt_logprobs
@@ -128,6 +130,7 @@ class ChatShape:
             system_fingerprint=self._job.fingerprint,
             choices=choices,
             usage=usage,
+            service_tier=self._tier,
         )
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
@@ -140,6 +143,7 @@ class ChatShape:
             system_fingerprint=self._job.fingerprint,
             choices=choices,
             usage=usage,
+            service_tier=self._tier,
         )
         if self._has_ids:
             answer.prompt_token_ids = self._job.prompts[0].ids

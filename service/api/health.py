@@ -9,9 +9,10 @@ from fastapi import APIRouter
 from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from service import __version__
+from service.api.openapi import stated
 from service.api.server import Server, server_of
 from service.registry import ServedModel
 
@@ -21,13 +22,32 @@ RETRY_AFTER = {"Retry-After": "1"}
 Endpoint = Callable[..., Awaitable[Response]]
 
 
-def get_or_head(path: str) -> Callable[[Endpoint], Endpoint]:
+def get_or_head(
+    path: str, answer: type[Struct], *, may_fail: bool = False
+) -> Callable[[Endpoint], Endpoint]:
     """A GET route that answers HEAD too, as balancers send it; documented once."""
 
     def register(endpoint: Endpoint) -> Endpoint:
-        return router.head(path, include_in_schema=False)(router.get(path)(endpoint))
+        get = router.get(path, **stated(answer, may_fail=may_fail))
+        return router.head(path, include_in_schema=False)(get(endpoint))
 
     return register
+
+
+class Alive(Struct):
+    status: str
+
+
+class Live(Struct):
+    live: bool
+
+
+class Ready(Struct):
+    ready: bool
+
+
+class Version(Struct):
+    version: str
 
 
 class Readiness(Struct):
@@ -55,45 +75,49 @@ def _unready(model: ServedModel) -> Readiness:
     return Readiness("not_ready", stage, state.progress, state.reason)
 
 
-@get_or_head("/livez")
+@get_or_head("/livez", Alive)
 async def livez() -> Response:
     """200 as long as this process answers at all."""
-    return _json(200, {"status": "alive"})
+    return _json(200, Alive("alive"))
 
 
-@get_or_head("/readyz")
-@get_or_head("/health")
+@get_or_head("/readyz", Readiness, may_fail=True)
+@get_or_head("/health", Readiness, may_fail=True)
 async def readyz(request: Request) -> Response:
     """200 when every model can answer, else 503 with the stage, its progress and the reason."""
     found = readiness(server_of(request))
     return _json(200 if found.status == "ready" else 503, found)
 
 
-@get_or_head("/v2/health/live")
+@get_or_head("/v2/health/live", Live)
 async def live() -> Response:
     """Open inference protocol."""
-    return _json(200, {"live": True})
+    return _json(200, Live(True))
 
 
-@get_or_head("/v2/health/ready")
+@get_or_head("/v2/health/ready", Ready, may_fail=True)
 async def ready(request: Request) -> Response:
     """Open inference protocol."""
     is_ready = readiness(server_of(request)).status == "ready"
-    return _json(200 if is_ready else 503, {"ready": is_ready})
+    return _json(200 if is_ready else 503, Ready(is_ready))
 
 
-@router.get("/version")
+@router.get("/version", **stated(Version))
 async def version() -> Response:
-    return _json(200, {"version": __version__})
+    return _json(200, Version(__version__))
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "Prometheus' text format"}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     body = server_of(request).metrics.text()
     return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _json(status: int, values: object) -> Response:
+def _json(status: int, values: Struct) -> Response:
     headers = {"Cache-Control": "no-store", **(RETRY_AFTER if status == 503 else {})}
     return Response(msgspec.json.encode(values), status, headers, media_type="application/json")

@@ -73,6 +73,11 @@ ANSWERS = [
     ErrorEnvelope,
     AnthropicEnvelope,
 ]
+EVENT: dict[str, Any] = {  # of a stream each, as readers of pages take a stream's schema
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}},
+    "required": ["data"],
+}
 ERRORS = {
     400: "A field is wrong, out of bounds or not supported yet",
     401: "No API key, or a wrong one",
@@ -106,7 +111,7 @@ def documented(
     text = {"text/plain": {"schema": {"type": "string"}}}
     content = text if answer is None else _json(answer.__name__)
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 404, 503)}
     if anthropic:
         statuses = statuses | {OVERLOADED: ERRORS[429]}
@@ -124,6 +129,19 @@ def documented(
     elif request is not None:
         extra["requestBody"] = {"required": True, "content": _json(request.__name__)}
     return {"responses": responses, "openapi_extra": extra, "response_model": None}
+
+
+def stated(answer: type[msgspec.Struct], *, may_fail: bool = False) -> dict[str, Any]:
+    """Arguments of a route that tells how the server is, with 503 in the same shape if it is not.
+
+    ``answer`` holds plain values only.
+    """
+    _, components = msgspec.json.schema_components([answer])
+    content = {"application/json": {"schema": components[answer.__name__]}}
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": "It is", "content": content}}
+    if may_fail:
+        responses[503] = {"description": "It is not; see Retry-After", "content": content}
+    return {"responses": responses, "response_model": None}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -198,6 +199,52 @@ def test_a_client_that_gives_up_on_a_whole_answer_frees_the_engine(
         impatient.completions.create(model="tiny", prompt="Hi", max_tokens=190)
     impatient.close()
     wait_until_idle(engine)
+
+
+PERSON = {"name": "Ada", "age": 36}
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+@contextlib.contextmanager
+def unless_unsupported() -> Iterator[None]:
+    """Skips where the server says that it does not serve this: the test waits for the feature."""
+    try:
+        yield
+    except openai.BadRequestError as error:
+        if error.code == "unsupported_parameter":
+            pytest.skip(f"{error.param} is not served yet")
+        raise
+
+
+def test_an_answer_is_parsed_into_a_pydantic_model(
+    client: openai.OpenAI, live: tuple[str, FakeEngine]
+) -> None:
+    live[1].script = lambda prompt, one: say(json.dumps(PERSON))
+    with unless_unsupported():
+        answer = client.chat.completions.parse(
+            model="tiny", messages=MESSAGES, response_format=Person
+        )
+    assert answer.choices[0].message.parsed == Person(**PERSON)
+    with client.chat.completions.stream(
+        model="tiny", messages=MESSAGES, response_format=Person
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == Person(**PERSON)
+
+
+def test_a_streamed_helper_tells_each_delta(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=1, n=2
+    ) as stream:
+        events = list(stream)
+    deltas = [event.delta for event in events if event.type == "content.delta"]
+    assert "".join(sorted(deltas)) == "".join(sorted("Hello, world" * 2))
+    done = [event.content for event in events if event.type == "content.done"]
+    assert done == ["Hello, world"] * 2
 
 
 def wait_until_idle(engine: FakeEngine) -> None:

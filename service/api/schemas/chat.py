@@ -164,6 +164,7 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET  # where the request had one: the one there is
 
 
 class FunctionChunk(Struct):
@@ -205,3 +206,4 @@ class ChatChunk(Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET  # where the request had one: the one there is
