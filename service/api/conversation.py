@@ -72,7 +72,7 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
         model,
         engine,
         [prompt],
-        grammar=plan.grammar(),
+        constraint=plan.constraint(),
         shown_special=shown_ids(shown, tokenizer),
     )
     if marks is None or job.grammar:  # a grammar leaves no room for thoughts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from service.api.constraints import read_constraint
+from service.api.constraints import Constraint, read_constraint
 from service.api.exchange import Exchange
 from service.api.ignored import ignored_headers, refuse_unsupported
 from service.api.sampling import Sampling, check_limits, num_choices, speculation
@@ -66,15 +66,15 @@ def make_job(
     prompts: Sequence[Prompt],
     *,
     echo_logprobs: int | None = None,
-    grammar: str = "",
+    constraint: Constraint | None = None,
     shown_special: frozenset[int] = frozenset(),
 ) -> Job:
     """``echo_logprobs``: alternatives for the prompt's own tokens, which stand in logprobs.
 
-    ``grammar`` goes before what the fields say of the answer's text.
+    ``constraint`` goes before what the fields say of the answer's text.
     """
-    constraint = None if grammar else read_constraint(fields)
-    if fields.use_beam_search and (grammar or constraint is not None):
+    constraint = constraint or read_constraint(fields)
+    if fields.use_beam_search and constraint is not None:
         raise InvalidRequest(
             "use_beam_search: cannot be used with structured output", param="use_beam_search"
         )
@@ -105,7 +105,7 @@ def make_job(
         log_content=server.settings.log_content,
         adapter=adapter,
         adapter_version=0 if adapter is None else adapter.version(engine),
-        grammar=grammar if constraint is None else constraint.grammar,
+        grammar="" if constraint is None else constraint.grammar,
         grammar_param=None if constraint is None else constraint.param,
         shown=(fields.n or 1) if num_choices(fields) > (fields.n or 1) else None,
         length_penalty=_length_penalty(fields),

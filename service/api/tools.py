@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.api.constraints import json_schema_grammar
+from service.api.constraints import Constraint, json_schema_grammar
 from service.api.dialects import Dialect
 from service.api.readers.constrained import NamedReader, RequiredReader
 from service.api.reading import AnswerReader, PlainText
@@ -50,11 +50,11 @@ class ToolPlan:
             return dialect.reader(names, None if self.is_parallel else 1)
         return PlainText()
 
-    def grammar(self) -> str:
-        """What the text must be; "" where the model is free."""
+    def constraint(self) -> Constraint | None:
+        """What the text must be; None where the model is free."""
         if not self.is_constrained:
-            return ""
-        return json_schema_grammar(self.schema())
+            return None
+        return Constraint("tools", json_schema_grammar(self.schema()))
 
     def schema(self) -> dict[str, Any]:
         if self.is_named:

@@ -104,18 +104,6 @@ async def test_bias_keys_are_ids_and_its_values_bounded(
     assert len(error["message"]) < 300
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [],
-)
-async def test_what_is_not_served_yet_is_refused_and_never_ignored(
-    client: httpx.AsyncClient, field: str, value: Any
-) -> None:
-    error = await refuse(client, **{field: value})
-    assert error["code"] == "unsupported_parameter"
-    assert error["param"] == field
-
-
 async def test_an_id_written_often_reaches_the_engine_once(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:

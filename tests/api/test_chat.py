@@ -143,11 +143,9 @@ async def test_wrong_messages_are_refused_by_their_path(
     [
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("structured_outputs", {"json": {}}),
     ],
 )
-async def test_what_is_not_served_yet_is_refused(
+async def test_fields_that_newer_ones_replaced_are_refused(
     client: httpx.AsyncClient, field: str, value: Any
 ) -> None:
     error = await refuse(client, **{field: value})

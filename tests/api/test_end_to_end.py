@@ -7,7 +7,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import httpx
@@ -64,7 +63,6 @@ TOOLS: list[openai.types.chat.ChatCompletionToolUnionParam] = [
 ]
 
 
-@pytest.mark.skipif(find_spec("model.grammar") is None, reason="the engine takes no grammars")
 def test_calls_that_have_to_be_satisfy_their_schemas(client: openai.OpenAI) -> None:
     """Whatever a model of a few million parameters would rather say."""
     named: Any = {"type": "function", "function": {"name": "get_weather"}}

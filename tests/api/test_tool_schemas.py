@@ -51,6 +51,12 @@ def tool(name: str, parameters: dict[str, Any] | None = None) -> Tool:
 TOOLS = [tool("tree", TREE), tool("other", OTHER), tool("nothing")]
 
 
+def grammar_of(plan: ToolPlan) -> str:
+    constraint = plan.constraint()
+    assert constraint is not None
+    return constraint.grammar
+
+
 def accepts(grammar: str, text: str) -> bool:
     tokenizer = llguidance.LLTokenizer("byte")
     matcher = llguidance.LLMatcher(tokenizer, grammar)
@@ -92,7 +98,7 @@ CHAIN = {"value": 1, "next": {"value": 2, "next": None}}
     ],
 )
 def test_required_answers_are_calls_that_fit(text: str, is_right: bool) -> None:
-    assert accepts(ToolPlan(TOOLS, "required").grammar(), text) is is_right
+    assert accepts(grammar_of(ToolPlan(TOOLS, "required")), text) is is_right
     if is_right:
         reader = RequiredReader()
         delta = reader.push(text) + reader.flush()
@@ -101,20 +107,20 @@ def test_required_answers_are_calls_that_fit(text: str, is_right: bool) -> None:
 
 
 def test_without_parallel_calls_there_is_one() -> None:
-    grammar = ToolPlan(TOOLS, "required", is_parallel=False).grammar()
+    grammar = grammar_of(ToolPlan(TOOLS, "required", is_parallel=False))
     assert accepts(grammar, written(call("nothing")))
     assert not accepts(grammar, written(call("nothing"), call("nothing")))
 
 
 def test_a_named_answer_is_the_functions_arguments() -> None:
-    grammar = ToolPlan(TOOLS, "tree", is_named=True).grammar()
+    grammar = grammar_of(ToolPlan(TOOLS, "tree", is_named=True))
     assert accepts(grammar, json.dumps({"node": CHAIN}, separators=(",", ":")))
     assert not accepts(grammar, '{"node":"x"}')
-    assert accepts(ToolPlan(TOOLS, "nothing", is_named=True).grammar(), "{}")
+    assert accepts(grammar_of(ToolPlan(TOOLS, "nothing", is_named=True)), "{}")
 
 
 def test_auto_and_none_are_free() -> None:
-    assert ToolPlan(TOOLS, "auto").grammar() == ToolPlan().grammar() == ""
+    assert ToolPlan(TOOLS, "auto").constraint() is ToolPlan().constraint() is None
 
 
 def test_references_move_and_data_stays() -> None:
