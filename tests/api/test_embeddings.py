@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from service.errors import Overloaded
 from tests.api.fakes import BOS, FakeEngine
 from tests.api.tiny import Tiny, tiny_checkpoint, tiny_server
+from tests.engine.checkpoints import NAN_TOKEN
 from tests.model.peft_folders import ALL, merged, random_adapter, tensors_of, write_folder
 
 URL = "/v1/embeddings"
@@ -72,7 +73,8 @@ async def test_they_are_the_networks_hidden_states(tiny: Tiny, pooling: str) -> 
 @real
 async def test_they_are_the_same_alone_and_among_others(tiny: Tiny) -> None:
     async def generate() -> None:
-        await tiny.ask("/v1/completions", prompt="A story", max_tokens=60, ignore_eos=True, n=3)
+        fields = {"prompt": "A story", "max_tokens": 60, "ignore_eos": True, "n": 3}
+        await tiny.ask("/v1/completions", **fields, logit_bias={str(NAN_TOKEN): -100})
 
     alone = [(await embed(tiny, text))[0] for text in TEXTS]
     others = [asyncio.create_task(generate()) for _ in range(3)]
