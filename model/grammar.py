@@ -161,6 +161,7 @@ def cleaned(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if not _LISTING.match(line)]
     text = _PREAMBLE.sub("", _PLACE.sub("", " ".join(filter(None, lines))))
     text = text.replace(" <non-verbose/>", "")
+    text = re.sub(r"Enable 'coerce_one_of' option .*", "Write anyOf in its place.", text)
     if text == DEAD_END:
         return "no text satisfies it, or none that this model's tokens can spell"
     return text if len(text) <= MOST_TOLD else text[:MOST_TOLD] + "..."

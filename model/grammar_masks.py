@@ -71,6 +71,12 @@ def set_bits(mask: Words, tokens: Sequence[int], value: bool) -> None:
         row[token // 32] = word | bit if value else word & ~bit
 
 
+def has_bit(mask: Words, tokens: Sequence[int]) -> bool:
+    """Whether any of the tokens' bits is set in one row, [W]."""
+    ids = numpy.asarray(tokens)
+    return bool(((mask.view(numpy.uint32)[ids // 32] >> (ids % 32).astype(numpy.uint32)) & 1).any())
+
+
 def apply_masks(logits: Tensor, rows: Sequence[int], masks: Sequence[Words]) -> None:
     """Minus infinity in ``logits[rows[i]]`` [V], in place, for tokens not in ``masks[i]`` [W]."""
     if logits.device.type == "cpu":

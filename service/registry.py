@@ -82,8 +82,12 @@ class Engine(Protocol):
         grammar: str = "",
         pooling: str = "",
         logprobs_from: int = 1,
+        is_continuation: bool = False,
     ) -> AbstractAsyncContextManager[Generation]:
-        """Entering it raises ``service.errors``; leaving it is the only way to cancel."""
+        """Entering it raises ``service.errors``; leaving it is the only way to cancel.
+
+        ``is_continuation`` of a request that was taken before: a draining engine takes it, too.
+        """
 
     def estimate(self, submits: list[Submit]) -> Coroutine[None, None, dict[str, object]]:
         """What they would take if they came now. Raises the refusal they would get."""

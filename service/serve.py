@@ -316,6 +316,7 @@ class Server(Backend):
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
                 await self.engine.drain()
+                await self.app.state.server.all_answered.wait()  # beams between two rounds too
         except TimeoutError:
             logger.warning(
                 "%d requests did not finish within %g s: ending them",

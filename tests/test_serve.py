@@ -243,6 +243,12 @@ def accepts(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
+def num_generated(running: Running) -> float:
+    lines = httpx.get(f"{running.url}/metrics", timeout=5).text.splitlines()
+    values = [line for line in lines if line.startswith("vllm:generation_tokens_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in values)
+
+
 def status(running: Running, path: str) -> int:
     try:
         return httpx.get(f"{running.url}{path}", timeout=5).status_code
@@ -279,3 +285,22 @@ def test_chat_answers_in_the_terminal() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "model" in done.stdout
+
+
+def test_sigterm_lets_a_beam_search_finish() -> None:
+    """Its rounds are requests of their own; between two of them the engine has nothing to do."""
+    with serving("--no-sample") as running:
+        answers: list[httpx.Response] = []
+
+        def search() -> None:
+            body = {"prompt": "Once", "n": 3, "use_beam_search": True, "max_tokens": 120}
+            body |= {"ignore_eos": True}
+            answers.append(httpx.post(f"{running.url}/v1/completions", json=body, timeout=60))
+
+        thread = threading.Thread(target=search)
+        thread.start()
+        wait_until(lambda: num_generated(running) > 0, "a first round", running)
+        assert running.end(timeout=60) == 0
+        thread.join(10)
+        assert answers[0].status_code == 200
+        assert len(answers[0].json()["choices"]) == 3

@@ -9,6 +9,7 @@ the token that ended it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -117,13 +118,20 @@ class BeamSearch:
 
 @asynccontextmanager
 async def search_beams(
-    ids: list[int], settings: list[SamplingSettings], penalty: float, submit: Submit
+    ids: list[int],
+    settings: list[SamplingSettings],
+    penalty: float,
+    submit: Submit,
+    give_up: float | None = None,
 ) -> AsyncIterator[Generation]:
-    """One beam for each of ``settings``. Entering raises the engine's refusal of the prompt."""
+    """One beam for each of ``settings``, as far as they are at ``give_up`` (time.monotonic()).
+
+    Entering raises the engine's refusal of the prompt.
+    """
     search = BeamSearch(len(ids), settings, penalty)
     async with (
         submit(ids, [search.question], True) as first,
-        aclosing(_run(search, ids, first, submit)) as outputs,
+        aclosing(_run(search, ids, first, submit, give_up)) as outputs,
     ):
         yield _FoundBeams(outputs)
 
@@ -142,13 +150,20 @@ class _FoundBeams:
 
 
 async def _run(
-    search: BeamSearch, ids: list[int], first: Generation, submit: Submit
+    search: BeamSearch,
+    ids: list[int],
+    first: Generation,
+    submit: Submit,
+    give_up: float | None,
 ) -> AsyncGenerator[Output, None]:
     opening = await _only_output(first)
     answers, is_late = [opening], opening.finish_reason == "length" and not opening.tokens
     while not is_late:
         search.advance([_offered(answer) for answer in answers])
         if search.is_over:
+            break
+        if give_up is not None and time.monotonic() >= give_up:
+            is_late = True
             break
         answers = await _ask_all(search, ids, submit)
         is_late = any(not answer.tokens for answer in answers)

@@ -16,7 +16,7 @@ from service.api.conversation import Chat, prepare
 from service.api.jobs import respond
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import documented
-from service.api.reading import AnswerReader, CallDelta, Delta, ReasoningCount
+from service.api.reading import AnswerReader, CallDelta, Delta, ReasoningCount, joined
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.chat import (
     AnsweredCall,
@@ -89,11 +89,15 @@ class ChatShape:
                 event.index,
                 _chat_delta(delta),
                 logprobs,
-                self._finish_reason(event),
-                event.stop_reason,
-                event.tokens if self._has_ids else UNSET,
+                token_ids=event.tokens if self._has_ids else UNSET,
             )
             chunks.append(self._chunk([choice], usage))
+            if delta.calls and event.finish_reason is not None:
+                # OpenAI's helper takes a call's end from a chunk that brings no more of it.
+                choice = ChatChunkChoice(event.index, ChatDelta())
+                chunks.append(self._chunk([choice], usage))
+            choice.finish_reason = self._finish_reason(event)
+            choice.stop_reason = event.stop_reason
         return chunks
 
     def _read(self, event: Event) -> Delta:
@@ -177,7 +181,7 @@ def _chat_delta(delta: Delta) -> ChatDelta:
     if delta.reasoning:
         chunk.reasoning_content = delta.reasoning
     if calls := [call for call in delta.calls if not call.is_broken]:
-        chunk.tool_calls = [_call_chunk(call) for call in calls]
+        chunk.tool_calls = [_call_chunk(call) for call in joined(calls)]
     return chunk
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from service.api.json_schemas import without_annotations
 from service.api.schemas.sampling import SamplingFields
 from service.errors import InvalidRequest
 
@@ -99,7 +100,9 @@ def json_schema_grammar(schema: dict[str, Any]) -> str:
 
     Whether the schema is a good one is found out by whoever compiles it.
     """
-    return _lark("start: %json " + json.dumps({**schema, "x-guidance": COMPACT}))
+    return _lark(
+        "start: %json " + json.dumps({**without_annotations(schema), "x-guidance": COMPACT})
+    )
 
 
 def _lark(rules: str, options: dict[str, Any] | None = None) -> str:

@@ -39,7 +39,9 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
     """Also for routes that speak of conversations in other words: they make a ``ChatRequest``."""
     budget, max_tokens = read_max_tokens(fields)
     logprobs = read_logprobs(fields)
-    model, engine, headers = check(fields, server)
+    plan = read_plan(fields)
+    model, engine, headers = check(fields, server, plan.overruled(fields))
+    fields = plan.in_force(fields)
     sampling = make_sampling(
         fields,
         server,
@@ -50,7 +52,6 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
         prompt_param="messages",
         budget_param=budget,
     )
-    plan = read_plan(fields)
     ids = await read_conversation(fields, server, model, plan)
     kept = truncate(ids, truncation(fields, sampling), fields.truncation_side)
     prompt = Prompt(kept, sampling.for_prompt(len(kept)), _echo(fields))

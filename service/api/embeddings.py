@@ -30,6 +30,8 @@ async def create_embeddings(request: Request) -> Response:
     server = server_of(request)
     exchange = server.receive(request)
     fields = await read_body(request, EmbeddingRequest)
+    if fields.input is None:
+        raise InvalidRequest("input: is required", param="input")
     question = TextQuestion(request, exchange, fields)
     question.check_count(len(fields.input), "input")
     check_dimensions(fields.dimensions, question.model.hidden_size)

@@ -17,7 +17,7 @@ from service.api.models import json_response
 from service.api.openapi import documented
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
-from service.api.schemas.estimate import Estimate, Refusal
+from service.api.schemas.estimate import AdmissionRefusal, Estimate
 from service.api.server import Server, server_of
 from service.api.submission import Job
 from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded, PronkError
@@ -87,5 +87,5 @@ async def ask(answer: Estimate, job: Job) -> Estimate:
 
 def refused(answer: Estimate, error: PronkError) -> Estimate:
     answer.would_be_admitted = False
-    answer.reason = Refusal(error.message, error.code, error.retry_after)
+    answer.reason = AdmissionRefusal(error.message, error.code, error.retry_after)
     return answer

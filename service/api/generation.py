@@ -14,8 +14,8 @@ from model.detokenizer import Detokenizer
 from service.api.schemas.answers import Usage, usage
 from service.api.submission import Arrival, Job, Prompt, admitted, outputs
 from service.api.text import ChoiceText, Event, StopStrings, TokenNews
-from service.engine.messages import GRAMMAR, Output
-from service.errors import EngineFailure, GrammarRefused
+from service.engine.messages import REFUSED, Output
+from service.errors import EngineFailure, GrammarRefused, InvalidRequest
 from service.metrics import ChoiceTimes, EngineMetrics, Metrics
 from service.registry import Generation
 
@@ -135,9 +135,8 @@ class _PromptText:
 
     def take(self, output: Output) -> Event | None:
         """The event of ``output``; None for a choice that has ended already."""
-        if output.finish_reason == "error" and output.stop_reason == GRAMMAR:
-            field = self._job.grammar_param
-            raise GrammarRefused(f"{field or 'The grammar'}: {output.error}", param=field)
+        if output.finish_reason == "error" and output.stop_reason == REFUSED:
+            raise self._refusal(output.error or "The engine refused this request.")
         if output.finish_reason == "error":
             raise EngineFailure(output.error or "The engine failed on this request.")
         if output.finish_reason == "cancelled":
@@ -155,6 +154,13 @@ class _PromptText:
         if self._job.log_content:
             self._log(event)
         return event
+
+    def _refusal(self, reason: str) -> InvalidRequest:
+        """What was asked for turned out to be impossible."""
+        field = self._job.grammar_param
+        if not self._job.grammar:
+            return InvalidRequest(reason[:1].upper() + reason[1:])
+        return GrammarRefused(f"{field or 'The grammar'}: {reason}", param=field)
 
     def _start(self, output: Output) -> None:
         """What comes once, with a prompt's first output."""
@@ -174,17 +180,35 @@ class _PromptText:
 
     def _prompt_news(self, output: Output) -> list[TokenNews]:
         assert output.prompt_logprobs is not None
-        detokenizer, offset, news = self._detokenizer(()), 0, []
-        for token, logprob in zip(self._prompt.ids, output.prompt_logprobs, strict=True):
-            news.append(TokenNews(token, logprob, offset))
-            offset += len(detokenizer.push(token))
-        return news
+        news = zip(self._prompt.ids, output.prompt_logprobs, self._prompt_offsets(), strict=True)
+        return [TokenNews(*item) for item in news]
 
-    def _detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+    def _prompt_offsets(self) -> list[int]:
+        """Where each token's text begins in the echo: a client's own text shows the special tokens
+        it spells, and none that were put before it."""
+        skips = self._job.text.skip_special_tokens
+        offsets, length = self._offsets(skips)
+        if length != len(self._prompt.echo) and skips:
+            offsets, length = self._offsets(False)
+        before = max(0, length - len(self._prompt.echo))
+        return [max(0, offset - before) for offset in offsets]
+
+    def _offsets(self, skip_special_tokens: bool) -> tuple[list[int], int]:
+        """Where each token of the prompt begins in its text, and how long that is."""
+        detokenizer, length, offsets = self._detokenizer((), skip_special_tokens), 0, []
+        for token in self._prompt.ids:
+            offsets.append(length)
+            length += len(detokenizer.push(token))
+        return offsets, length
+
+    def _detokenizer(
+        self, prompt_ids: Sequence[int], skip_special_tokens: bool | None = None
+    ) -> Detokenizer:
+        skips = self._job.text.skip_special_tokens
         return Detokenizer(
             self._job.tokenizer,
             prompt_ids=prompt_ids,
-            skip_special_tokens=self._job.text.skip_special_tokens,
+            skip_special_tokens=skips if skip_special_tokens is None else skip_special_tokens,
             spaces_between_special_tokens=self._job.text.spaces_between_special_tokens,
             shown_special=self._job.text.shown_special,
         )

@@ -16,11 +16,16 @@ from service.errors import InvalidRequest
 from service.registry import Engine, ServedModel
 
 
-def check(fields: SamplingFields, server: Server) -> tuple[ServedModel, Engine, dict[str, str]]:
-    """What can be refused without a tokenizer, cheapest first; the headers go with any answer."""
+def check(
+    fields: SamplingFields, server: Server, overruled: Sequence[str] = ()
+) -> tuple[ServedModel, Engine, dict[str, str]]:
+    """What can be refused without a tokenizer, cheapest first; the headers go with any answer.
+
+    ``overruled`` fields are known, but another one leaves no room for them.
+    """
     refuse_unsupported(fields)
     model = server.models.get(fields.model)
-    headers = ignored_headers(fields, server.settings.strict_params)
+    headers = ignored_headers(fields, server.settings.strict_params, overruled)
     check_limits(fields, server.settings)
     return model, model.pick(), headers
 

@@ -31,6 +31,7 @@ from service.api.translation import (
     in_words_of,
     merge_systems,
     named_choice,
+    renamed,
     to_chat,
 )
 from service.errors import InvalidRequest
@@ -53,7 +54,7 @@ async def prepare_message(request: MessagesRequest, server: Server, exchange: Ex
     values = _conversation(request) | _generation(request)
     with in_words_of(NAMES):
         fields = to_chat(request, values)
-        return await prepare(fields, server, exchange)
+        return renamed(await prepare(fields, server, exchange), NAMES)
 
 
 async def count_tokens(request: CountRequest, server: Server) -> int:

@@ -157,6 +157,17 @@ def describe(app: FastAPI) -> dict[str, Any]:
     )
     _, answers = msgspec.json.schema_components(ANSWERS, ref_template=COMPONENT.format("{name}"))
     schemas = page.setdefault("components", {}).setdefault("schemas", {})
+    assert not requests["$defs"].keys() & answers.keys(), "two schemas of one name"
     schemas.update(requests["$defs"])
     schemas.update(answers)
+    _leave_out_validation(page)
     return page
+
+
+def _leave_out_validation(page: dict[str, Any]) -> None:
+    """FastAPI's own 422: bodies and paths are read by the routes, which answer 400 and 404."""
+    for path in page["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        page["components"]["schemas"].pop(name, None)

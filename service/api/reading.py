@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,13 +37,18 @@ class Delta:
 
     def whole_calls(self) -> list[CallDelta]:
         """One for each call, in the order they came; none for those that broke."""
-        calls: dict[int, CallDelta] = {}
-        for delta in self.calls:
-            call = calls.setdefault(delta.index, CallDelta(delta.index))
-            call.id, call.name = call.id or delta.id, call.name or delta.name
-            call.arguments += delta.arguments
-            call.is_broken = call.is_broken or delta.is_broken
-        return [call for call in calls.values() if not call.is_broken]
+        return [call for call in joined(self.calls) if not call.is_broken]
+
+
+def joined(deltas: Iterable[CallDelta]) -> list[CallDelta]:
+    """One for each call, in the order they came."""
+    calls: dict[int, CallDelta] = {}
+    for delta in deltas:
+        call = calls.setdefault(delta.index, CallDelta(delta.index))
+        call.id, call.name = call.id or delta.id, call.name or delta.name
+        call.arguments += delta.arguments
+        call.is_broken = call.is_broken or delta.is_broken
+    return list(calls.values())
 
 
 class AnswerReader(Protocol):

@@ -33,6 +33,7 @@ from service.api.translation import (
     in_words_of,
     merge_systems,
     named_choice,
+    renamed,
     to_chat,
 )
 from service.errors import ContextLengthExceeded, InvalidRequest, NotSupported
@@ -226,11 +227,15 @@ async def prepare_response(request: ResponseRequest, server: Server, exchange: E
     fields = as_chat(request)
     with in_words_of(NAMES):
         try:
-            return await prepare(fields, server, exchange)
+            return renamed(await prepare(fields, server, exchange), NAMES)
         except ContextLengthExceeded:
             if request.truncation != "auto":
                 raise
-        return await _prepare_latest(fields, server, exchange)
+        try:
+            return renamed(await _prepare_latest(fields, server, exchange), NAMES)
+        except ContextLengthExceeded as error:
+            error.message = error.message.replace(", or truncate_prompt_tokens", "")
+            raise
 
 
 async def _prepare_latest(fields: ChatRequest, server: Server, exchange: Exchange) -> Chat:

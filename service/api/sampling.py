@@ -153,6 +153,9 @@ class Sampling:
         check_ids(fields.allowed_token_ids or (), vocabulary, "allowed_token_ids")
         tokenizer = self._model.tokenizer
         assert tokenizer is not None
+        eos = () if fields.ignore_eos else self._model.eos_token_ids
+        bad_words = bad_word_ids(fields.bad_words or (), tokenizer)
+        _check_allowed(fields, (*eos, *(fields.stop_token_ids or ())), bad_words)
         return SamplingSettings(
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],
@@ -163,10 +166,10 @@ class Sampling:
             repetition_penalty=numbers["repetition_penalty"],
             min_tokens=self._min_tokens,
             stop_token_ids=_distinct(fields.stop_token_ids or ()),
-            eos_token_ids=() if fields.ignore_eos else self._model.eos_token_ids,
+            eos_token_ids=eos,
             logit_bias=read_bias(fields.logit_bias or {}, vocabulary),
             allowed_token_ids=_distinct(fields.allowed_token_ids or ()) or None,
-            bad_words=bad_word_ids(fields.bad_words or (), tokenizer),
+            bad_words=bad_words,
             logprobs=logprobs,
             speculative_method=self._speculation[0],
             num_speculative_tokens=self._speculation[1],
@@ -213,6 +216,18 @@ class Sampling:
             f"{name} may be at most {room}.",
             param=name,
         )
+
+
+def _check_allowed(
+    fields: SamplingFields, ends: Sequence[int], bad_words: Sequence[Sequence[int]]
+) -> None:
+    """Raises ``InvalidRequest`` where not even the first token could be drawn."""
+    if fields.allowed_token_ids is None:
+        return
+    banned = {word[0] for word in bad_words if len(word) == 1}
+    banned |= set(ends) if fields.min_tokens else set()
+    if banned.issuperset(fields.allowed_token_ids):
+        raise _bound("allowed_token_ids", "min_tokens and bad_words leave none of them")
 
 
 def _distinct(ids: Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ import hashlib
 import hmac
 import random
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from starlette.datastructures import State as AppState
@@ -32,9 +34,12 @@ class Server:
     flags: AppState
     seeds: random.Random = field(default_factory=random.SystemRandom)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    num_open: int = 0  # answers on their way, those between two rounds or waves included
+    all_answered: asyncio.Event = field(default_factory=asyncio.Event)
     adapters_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change at a time
 
     def __post_init__(self) -> None:
+        self.all_answered.set()
         self.flags.draining = False
         self.flags.server = self
         if self.settings.seed is not None:
@@ -55,6 +60,18 @@ class Server:
         if self.is_refusing:
             raise draining()
         return exchange
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """An answer is on its way: draining waits for it."""
+        self.num_open += 1
+        self.all_answered.clear()
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self.all_answered.set()
 
     def namespace(self, key_id: str, salt: str | None) -> bytes:
         """Who may share cached prefixes: the caller's key, narrowed by the request's salt."""

@@ -113,8 +113,9 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._whole(scope, receive, send) if self.stream is None else self._stream(send)
-        if not await until_hangup(work, receive):
-            self.exchange.outcome = "cancelled"
+        with scope["app"].state.server.answering():
+            if not await until_hangup(work, receive):
+                self.exchange.outcome = "cancelled"
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with generate(self.job, self.metrics) as answer:

@@ -7,6 +7,7 @@ queue nor its other clients suffer from it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
@@ -112,11 +113,23 @@ class Job:
             for number, prompt in enumerate(self.prompts)
         ]
 
-    def submit(self, number: int) -> AbstractAsyncContextManager[Generation]:
+    def submit(
+        self, number: int, *, is_continuation: bool = False
+    ) -> AbstractAsyncContextManager[Generation]:
+        """``is_continuation``: a prompt of a later wave."""
         prompt = self.prompts[number]
         if self.length_penalty is not None:
-            return search_beams(prompt.ids, prompt.settings, self.length_penalty, self._submit)
-        return self._submit(prompt.ids, prompt.settings, logprobs_from=prompt.logprobs_from)
+            give_up = None if self.deadline is None else self.arrival + self.deadline
+            submit = self._submit
+            if is_continuation:
+                submit = functools.partial(submit, is_continuation=True)
+            return search_beams(prompt.ids, prompt.settings, self.length_penalty, submit, give_up)
+        return self._submit(
+            prompt.ids,
+            prompt.settings,
+            logprobs_from=prompt.logprobs_from,
+            is_continuation=is_continuation,
+        )
 
     def _submit(
         self,
@@ -124,6 +137,7 @@ class Job:
         settings: list[SamplingSettings],
         is_whole_prompt: bool = True,
         logprobs_from: int = 1,
+        is_continuation: bool = False,
     ) -> AbstractAsyncContextManager[Generation]:
         """Its deadline is what is left of the request's."""
         deadline = self.deadline
@@ -144,6 +158,7 @@ class Job:
             grammar=self.grammar,
             pooling=self.pooling,
             logprobs_from=logprobs_from,
+            is_continuation=is_continuation or not is_whole_prompt,
         )
 
 
@@ -243,7 +258,7 @@ async def _submit_late(job: Job, number: int, queue: Queue) -> None:
     """A prompt of a later wave: the request was accepted, so a full queue only means to wait."""
     while True:
         try:
-            async with job.submit(number) as generation:
+            async with job.submit(number, is_continuation=True) as generation:
                 await _pump(number, generation, queue)
                 return
         except Overloaded as error:

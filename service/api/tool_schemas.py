@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from service.api.json_schemas import moved
 from service.api.schemas.tools import Tool
 
 NO_PARAMETERS: dict[str, Any] = {
@@ -13,8 +14,6 @@ NO_PARAMETERS: dict[str, Any] = {
     "additionalProperties": False,
 }
 COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "if", "unevaluatedProperties"}
-DATA_KEYS = {"const", "enum", "default", "example", "examples"}  # of a schema: hold no schemas
-MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 def calls_schema(tools: Sequence[Tool], *, is_parallel: bool) -> dict[str, Any]:
@@ -52,24 +51,3 @@ def parameters_of(tool: Tool) -> dict[str, Any]:
     if "properties" in schema and not COMBINING & schema.keys():
         schema.setdefault("additionalProperties", False)
     return schema
-
-
-def moved(schema: Any, root: str, *, is_map: bool = False) -> Any:
-    """A schema whose references to places in itself go to ``root``, where it lies from now on.
-
-    ``is_map``: names to schemas, so that a key is a name and no keyword.
-    """
-    if isinstance(schema, list):
-        return [moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy: dict[str, Any] = {}
-    for key, value in schema.items():
-        if not is_map and key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            copy[key] = root + value[1:]
-        elif not is_map and key in DATA_KEYS:
-            copy[key] = value
-        else:
-            is_names = not is_map and key in MAPS
-            copy[key] = moved(value, root, is_map=is_names)
-    return copy

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.api.constraints import Constraint, json_schema_grammar
+from service.api.constraints import Constraint, json_schema_grammar, read_constraint
 from service.api.dialects import Dialect
 from service.api.readers.constrained import NamedReader, RequiredReader
 from service.api.reading import AnswerReader, PlainText
@@ -16,6 +16,7 @@ from service.api.tool_schemas import calls_schema, parameters_of
 from service.errors import InvalidRequest
 
 MAX_TOOLS_JSON = 256 * 1024  # characters
+ENDS = ("stop", "stop_token_ids", "include_stop_str_in_output")
 MAX_DEPTH = 64  # of nested JSON in one tool
 
 
@@ -49,6 +50,20 @@ class ToolPlan:
             names = {tool.function.name for tool in self.tools}
             return dialect.reader(names, None if self.is_parallel else 1)
         return PlainText()
+
+    def overruled(self, fields: ChatRequest) -> list[str]:
+        """Fields that come to nothing beside this plan, or because of which it does."""
+        if self.is_constrained:
+            return [name for name in ENDS if getattr(fields, name)]
+        return ["tools"] if self.is_auto and read_constraint(fields) is not None else []
+
+    def in_force(self, fields: ChatRequest) -> ChatRequest:
+        """Nothing cuts a call short that has to satisfy its schema."""
+        if not self.is_constrained:
+            return fields
+        if fields.echo:
+            raise _refused("echo", "cannot be used where a call is all that is answered")
+        return fields.model_copy(update=dict.fromkeys(ENDS))
 
     def constraint(self) -> Constraint | None:
         """What the text must be; None where the model is free."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from service.api.conversation import read_conversation
+from service.api.conversation import Chat, read_conversation
 from service.api.errors import invalid
 from service.api.ignored import refuse_unsupported
 from service.api.schemas.chat import ChatRequest
@@ -50,6 +51,14 @@ def in_words_of(names: Names) -> Iterator[None]:
         error.message = _rename(error.message, names)
         error.param = _rename(error.param, names) if error.param else None
         raise
+
+
+def renamed(chat: Chat, names: Names) -> Chat:
+    """What is found out later about its grammar names the field that came, too."""
+    if chat.job.grammar_param is None:
+        return chat
+    param = _rename(chat.job.grammar_param, names)
+    return replace(chat, job=replace(chat.job, grammar_param=param))
 
 
 def _rename(text: str, names: Names) -> str:

@@ -59,6 +59,7 @@ class Output:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.num_before = 0  # records of earlier runs
+        self.num_failed_before = 0
         self._file = file
         self.path = path
         self._ids: set[str] = set()
@@ -80,6 +81,7 @@ class Output:
 
     def note(self, entry: Record) -> None:
         self.num_before += 1
+        self.num_failed_before += not entry.is_answered
         if entry.error is not None:
             self._numbers.add(entry.error.line)
         if entry.custom_id is not None and (

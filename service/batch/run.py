@@ -35,8 +35,9 @@ from service.settings import Settings
 
 logger = logging.getLogger("pronk.batch")
 
-REFUSED_FOR_NOW = (429, 503)  # the request was not taken: sent again whatever it takes
+REFUSED_FOR_NOW = (429, 503, 529)  # the request was not taken: sent again whatever it takes
 FAILED = (500, 502, 504)
+UNAUTHORIZED = 401
 TRIES = 3  # of a request the engine took and failed on
 PATIENCE = 600.0  # seconds one request may be refused before the run ends
 LONGEST_PAUSE = 30.0
@@ -65,6 +66,7 @@ class Summary:
     num_before: int = 0
     num_answered: int = 0
     num_refused: int = 0  # a status, or a line that is none
+    num_failed_before: int = 0  # of those done by earlier runs
     prompt_tokens: int = 0
     completion_tokens: int = 0
     was_interrupted: bool = False
@@ -78,13 +80,15 @@ class Summary:
     def code(self) -> int:
         if self.was_interrupted:
             return INTERRUPTED
-        return LINES_FAILED if self.num_refused else 0
+        return LINES_FAILED if self.num_refused or self.num_failed_before else 0
 
     def text(self) -> str:
         seconds = time.monotonic() - self.started
         parts = [f"{self.num_answered} answered, {self.num_refused} failed"]
         if self.num_before:
             parts.append(f"{self.num_before} done before")
+        if self.num_failed_before:
+            parts.append(f"{self.num_failed_before} of them failed: see --retry-failed")
         rate = self.completion_tokens / seconds if seconds else 0.0
         parts.append(f"{self.prompt_tokens} prompt tokens, {self.completion_tokens} generated")
         parts.append(f"{seconds:.1f} s, {rate:.0f} tokens/s")
@@ -106,7 +110,7 @@ def run_batch(settings: BatchSettings) -> Summary:
 
 async def _run(settings: BatchSettings, output: Output, total: int) -> Summary:
     """A signal ends it as the end of the input does, only earlier."""
-    summary = Summary(num_before=output.num_before)
+    summary = Summary(output.num_before, num_failed_before=output.num_failed_before)
     work = asyncio.create_task(_answer_all(settings, output, total, summary))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,7 +176,7 @@ async def _ask(
     client: httpx.AsyncClient, line: BatchRequest
 ) -> tuple[Response | None, Failure | None]:
     """Until it is taken and answered; what fails in the engine is tried a few times."""
-    since, tries = time.monotonic(), 0
+    since, tries, told = time.monotonic(), 0, ""
     while True:
         try:
             answer = await client.post(
@@ -180,14 +184,21 @@ async def _ask(
             )
         except httpx.TransportError as error:
             reason, pause = f"no server answers ({type(error).__name__})", 1.0
+            answer_is_missing = True
         else:
+            answer_is_missing = False
             tries += answer.status_code in FAILED
+            if answer.status_code == UNAUTHORIZED:
+                raise BatchProblem("the server does not take the key: see --api-key")
             if answer.status_code in REFUSED_FOR_NOW:
                 reason, pause = _refusal(answer)
             elif answer.status_code in FAILED and tries < TRIES:
                 reason, pause = f"the server answers {answer.status_code}", float(tries)
             else:
                 return _response(answer, line)
+        if reason != told and answer_is_missing:
+            logger.warning("%s; trying again for %g s", reason, PATIENCE)
+            told = reason
         if time.monotonic() - since > PATIENCE:
             raise BatchProblem(f"{reason}; run it again to go on")
         await asyncio.sleep(min(pause, LONGEST_PAUSE))
@@ -196,8 +207,9 @@ async def _ask(
 def _refusal(answer: httpx.Response) -> tuple[str, float]:
     """(why, seconds to wait). Raises ``BatchProblem`` where waiting would not help."""
     try:
-        message, code = (answer.json()["error"][key] for key in ("message", "code"))
-    except (ValueError, KeyError, TypeError):
+        error = answer.json()["error"]
+        message, code = error["message"], error.get("code")  # Anthropic's envelope has none
+    except (ValueError, KeyError, TypeError, AttributeError):
         message, code = f"the server answers {answer.status_code}", None
     if code == "engine_failed":
         raise BatchProblem(f"{message} Run it again to go on.")

@@ -190,6 +190,7 @@ class EngineClient:
         grammar: str = "",
         pooling: str = "",
         logprobs_from: int = 1,
+        is_continuation: bool = False,
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
         submit = Submit(
@@ -209,6 +210,7 @@ class EngineClient:
             grammar=grammar,
             pooling=pooling,
             logprobs_from=logprobs_from,
+            is_continuation=is_continuation,
         )
         generation = await self._admit(submit)
         try:
@@ -218,7 +220,9 @@ class EngineClient:
 
     async def _admit(self, submit: Submit) -> Generation:
         """Register, send, wait for the answer; a refusal or a hang-up leaves nothing behind."""
-        self._refuse_unless_serving()
+        is_draining = self._state.stage == "draining" and self._supervisor.is_connected
+        if not (submit.is_continuation and is_draining):
+            self._refuse_unless_serving()
         generation = self._register(submit)
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._admissions[submit.id] = admission

@@ -8,11 +8,12 @@ for after it. While they are filled nobody else touches the states.
 from __future__ import annotations
 
 from model.grammar import GrammarError, GrammarState
-from model.grammar_masks import MaskFiller, Masks, Words, set_bits
+from model.grammar_masks import MaskFiller, Masks, Words, has_bit, set_bits
 from model.sampling_row import SamplingRow
 from service.engine.sequence import NO_TOKEN, Choice, Draw, Sequence, Status
 from service.engine.step import Row, RowResult, Step
 
+NOT_ALLOWED = "allowed_token_ids has none of the tokens that may come next"
 DEAD_END = "this model's tokens cannot spell what the grammar asks for next"
 Key = tuple[int, int]  # request, choice
 
@@ -115,6 +116,9 @@ class ConstrainedRows:
             return
         if state.may_end:
             set_bits(mask, [*settings.eos_token_ids, *settings.stop_token_ids], True)
+        if settings.allowed_token_ids is not None and not has_bit(mask, settings.allowed_token_ids):
+            masks.failed[key] = NOT_ALLOWED
+            return
         if drawn.banned:
             kept = mask.copy()
             set_bits(kept, drawn.banned, False)
@@ -129,7 +133,7 @@ class ConstrainedRows:
         keys = [_key(row.sequence, choice) for choice in row.choices]
         failed = next((masks.failed[key] for key in keys if key in masks.failed), None)
         if failed is not None:
-            return RowResult(error=failed, is_grammars=True)
+            return RowResult(error=failed, is_refusal=True)
         if result.error is not None:
             return result
         try:
@@ -139,7 +143,7 @@ class ConstrainedRows:
                 else:
                     result.draws[place] = self._take(key, choice, result.draws[place])
         except GrammarError as error:
-            return RowResult(error=str(error), is_grammars=True)
+            return RowResult(error=str(error), is_refusal=True)
         return result
 
     def _take(self, key: Key, choice: Choice, draw: Draw) -> Draw:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 DEADLINE = "deadline"
-GRAMMAR = "grammar"
+REFUSED = "refused"  # beside the reason "error": what was asked for cannot be done
 
 
 class SamplingSettings(Struct, frozen=True, omit_defaults=True):
@@ -58,6 +58,7 @@ class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
     adapter: str = ""  # its name, and which loading of it: from State.adapters
     adapter_version: int = 0  # 0: the model itself
     grammar: str = ""  # JSON of what the text must be, see grammar_trial; "" is anything
+    is_continuation: bool = False  # of a request taken before: a draining engine takes it too
     pooling: str = ""  # "mean" or "last" of the prompt's final hidden states; beside max_tokens 0
 
 

@@ -213,7 +213,8 @@ class ModelRunner:
                 if launched.masks is not None:
                     results[-1] = self._constrained.follow(launched.masks, row, results[-1])
             if results[-1].error is not None:
-                self._cleanse(row)
+                if not results[-1].is_refusal:
+                    self._cleanse(row)
             elif row.num_pooled:
                 assert launched.hidden is not None, "hidden states were not kept"
                 end = first + row.count
@@ -382,9 +383,9 @@ def _ends_with(tokens: list[int], ending: tuple[int, ...]) -> bool:
 
 def _result(draws: list[RawDraw], prompt_logprobs: list[TokenLogprob]) -> RowResult:
     """One bad draw ends its sequence, and no other."""
-    error: str | None = next((str(draw.error) for draw in draws if draw.error), None)
+    error = next((draw.error for draw in draws if draw.error is not None), None)
     if error is not None:
-        return RowResult(error=error)
+        return RowResult(error=str(error), is_refusal=error is DrawError.NOTHING_ALLOWED)
     drawn = [Draw(draw.token, _logprob(draw.logprob) if draw.logprob else None) for draw in draws]
     return RowResult(drawn, prompt_logprobs, is_late=any(draw.is_late for draw in draws))
 

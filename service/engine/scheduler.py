@@ -36,7 +36,7 @@ from service.engine.drain_rate import DrainRate
 from service.engine.estimate import Forecast
 from service.engine.expiry import Expiries
 from service.engine.lineup import Lineup
-from service.engine.messages import DEADLINE, GRAMMAR, Output, Submit
+from service.engine.messages import DEADLINE, REFUSED, Output, Submit
 from service.engine.paging import Paging
 from service.engine.sequence import (
     NO_TOKEN,
@@ -297,10 +297,11 @@ class Scheduler:
         elif row.proposed and not came.draws and came.error is None:
             return  # computed in vain: the sequence is where it was
         elif came.error is not None:
-            # What went wrong may lie in its pages: the next to ask the same must not find it there.
-            self.pool.distrust(sequence.block_table, sequence.chain.digests)
+            if not came.is_refusal:
+                # What went wrong may lie in its pages: the next to ask must not find it there.
+                self.pool.distrust(sequence.block_table, sequence.chain.digests)
             for choice in sequence.choices:
-                ending = Ending("error", GRAMMAR if came.is_grammars else None, came.error)
+                ending = Ending("error", REFUSED if came.is_refusal else None, came.error)
                 self._finish(sequence, choice.index, ending, now, out)
         else:
             sequence.num_computed += row.count

@@ -134,7 +134,7 @@ class RowResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
     is_late: bool = False
-    is_grammars: bool = False  # the error: its grammar could not be followed any further
+    is_refusal: bool = False  # the error lies in what the request asks for
     pooled: bytes | None = None  # with the row that ends a prompt whose states are pooled
 
 

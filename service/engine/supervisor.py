@@ -207,7 +207,8 @@ class Supervisor:
         stalled_since: float | None = None
         while True:
             await asyncio.sleep(self._patience.watch_interval)
-            if not self.watchdog.is_stalled():
+            has_slept = self.watchdog.look()
+            if has_slept or not self.watchdog.is_stalled():
                 stalled_since = None
                 continue
             now = time.monotonic()

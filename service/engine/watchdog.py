@@ -8,6 +8,7 @@ from collections.abc import Callable
 from service.engine.messages import FromEngine, Outputs, State
 
 STEP_PATIENCE = 10.0  # times a step's own estimate; a long prefill on a CPU is legitimate
+LONG_PAUSE = 2.0  # seconds between two looks
 WORKING = ("ready", "draining")
 
 
@@ -21,6 +22,7 @@ class Watchdog:
     def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._patience = patience
         self._clock = clock
+        self._last_look = clock()
         self.reset()
 
     def reset(self) -> None:
@@ -40,6 +42,17 @@ class Watchdog:
     def silence(self) -> float:
         """Seconds since the last message."""
         return self._clock() - self._last_heard
+
+    def look(self) -> bool:
+        """Called often; True where the last call was long ago: then this process itself stood
+        still, most likely with the whole machine, and that time is held against nobody."""
+        now = self._clock()
+        pause, self._last_look = now - self._last_look, now
+        if pause < LONG_PAUSE:
+            return False
+        self._last_heard = min(now, self._last_heard + pause)
+        self._last_progress = min(now, self._last_progress + pause)
+        return True
 
     def is_stalled(self) -> bool:
         if self.state.stage not in WORKING:

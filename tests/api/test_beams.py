@@ -230,3 +230,25 @@ async def test_best_of_is_bound_by_the_server_too(make_app: Callable[..., FastAP
 
     async with talking_to(make_app(max_n=4)) as client:
         assert (await refuse(client, best_of=5))["param"] == "best_of"
+
+
+@real
+async def test_a_search_ends_at_its_deadline(tiny: Tiny) -> None:
+    answer = await tiny.ask(
+        URL, prompt="A", n=8, use_beam_search=True, max_tokens=400, ignore_eos=True, deadline_ms=100
+    )
+    assert {choice["stop_reason"] for choice in answer["choices"]} == {"deadline"}
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert answer["usage"]["completion_tokens"] < 8 * 400
+
+
+async def test_later_rounds_and_waves_are_taken_while_the_engine_drains(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await client.post(URL, json={"prompt": "Hi", "use_beam_search": True, "max_tokens": 3})
+    assert [one["is_continuation"] for one in engine.submitted] == [False, True, True]
+    engine.submitted.clear()
+    await client.post(URL, json={"prompt": ["Hi"] * 300, "max_tokens": 1})
+    told = [one["is_continuation"] for one in engine.submitted]
+    assert told.count(False) == 256
+    assert told.count(True) == 44

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import refuse
-from tests.api.fakes import FakeEngine
+from tests.api.fakes import EOS, FakeEngine
 
 URL = "/v1/completions"
 
@@ -113,3 +113,18 @@ async def test_an_id_written_often_reaches_the_engine_once(
     (settings,) = engine.submitted[-1]["settings"]
     assert settings.stop_token_ids == (70, 71)
     assert settings.allowed_token_ids == (65, 66)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [EOS], "min_tokens": 2},
+        {"allowed_token_ids": [65], "stop_token_ids": [65], "min_tokens": 2},
+        {"allowed_token_ids": [65], "bad_words": ["A"]},
+    ],
+)
+async def test_bans_that_leave_no_token_are_refused(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    error = await refuse(client, **fields)
+    assert error["param"] == "allowed_token_ids"

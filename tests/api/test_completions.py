@@ -405,3 +405,17 @@ async def test_prompts_and_answers_are_logged_only_on_demand(
         answers = [record.__dict__.get("answer") for record in caplog.records]
         assert ("Hello, world" in answers) == is_logged
         assert ("a secret question" in str([vars(r) for r in caplog.records])) == is_logged
+
+
+@pytest.mark.parametrize("skips", [True, False])
+async def test_offsets_of_an_echoed_text_are_places_in_it(
+    client: httpx.AsyncClient, skips: bool
+) -> None:
+    """A client's own text shows the special tokens it spells, and none that was put before it."""
+    answer = await ask(
+        client, prompt="a</s>b", echo=True, logprobs=0, max_tokens=1, skip_special_tokens=skips
+    )
+    choice = answer["choices"][0]
+    assert choice["text"].startswith("a</s>b")
+    assert choice["logprobs"]["tokens"][:4] == ["<s>", "a", "</s>", "b"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 5, 6]

@@ -209,3 +209,8 @@ async def test_unknown_fields_are_named(client: httpx.AsyncClient, engine: FakeE
     engine.pooled = struct.pack("<2f", 3.0, 4.0)
     response = await client.post(URL, json={"input": "a", "input_type": "query"})
     assert response.headers["X-Ignored-Params"] == "input_type"
+
+
+async def test_null_is_no_input(client: httpx.AsyncClient) -> None:
+    response = await client.post(URL, json={"input": None})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "input")

@@ -82,3 +82,10 @@ def test_without_the_fields_refusals_name_a_good_body_is_answered(case: Case) ->
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 def test_every_bound_and_many_bodies_more(case: Case) -> None:
     case.call_and_validate(checks=CHECKS)
+
+
+def test_no_status_stands_on_the_page_that_never_comes() -> None:
+    page = create_app(Settings(), ModelRegistry([])).openapi()
+    operations = [one for path in page["paths"].values() for one in path.values()]
+    assert all("422" not in operation["responses"] for operation in operations)
+    assert "ValidationError" not in page["components"]["schemas"]

@@ -309,3 +309,24 @@ def test_what_cannot_be_compiled_is_a_400_before_the_first_byte(
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert told in error["message"]
+
+
+def test_allowed_tokens_that_a_grammar_has_no_use_for_are_refused(server: Running) -> None:
+    body = {"prompt": "a", "guided_regex": "ab", "allowed_token_ids": tokens_of(server, "z")}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "allowed_token_ids" in answer.json()["error"]["message"]
+
+
+def test_formats_that_nothing_can_be_held_to_are_annotations(server: Running) -> None:
+    schema = {"type": "object", "properties": {"format": {"type": "string", "format": "password"}}}
+    (choice,) = choices(server, guided_json=schema | {"required": ["format"]}, max_tokens=300)
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["text"])["format"], str)
+
+
+def test_what_cannot_be_followed_is_told_with_a_way_out(server: Running) -> None:
+    schema = {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 4}]}
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "guided_json": schema})
+    assert answer.status_code == 400
+    assert "anyOf" in answer.json()["error"]["message"]

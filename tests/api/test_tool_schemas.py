@@ -9,9 +9,10 @@ import llguidance
 import pytest
 
 from service.api.constraints import json_schema_grammar
+from service.api.json_schemas import moved
 from service.api.readers.constrained import RequiredReader
 from service.api.schemas.tools import Tool
-from service.api.tool_schemas import calls_schema, moved, parameters_of
+from service.api.tool_schemas import calls_schema, parameters_of
 from service.api.tools import ToolPlan
 
 TREE = {

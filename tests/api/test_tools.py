@@ -545,3 +545,40 @@ async def test_thoughts_that_never_end_are_all_reasoning() -> None:
         assert (message["reasoning_content"], message["content"]) == ("Hm.", "")
         details = answer["usage"]["completion_tokens_details"]
         assert details["reasoning_tokens"] == answer["usage"]["completion_tokens"]
+
+
+FORCED = {"tools": [WEATHER], "tool_choice": "required"}
+
+
+async def test_nothing_cuts_a_forced_call_short() -> None:
+    engine = saying('[{"name":"get_weather","parameters":{"city":"Köln"}}]')
+    async with chatting(engine, HERMES) as client:
+        body = {"messages": HELLO, "stop": ["K"], "stop_token_ids": [75]} | FORCED
+        response = await client.post(URL, json=body)
+        assert response.headers["X-Ignored-Params"] == "stop, stop_token_ids"
+        message = response.json()["choices"][0]["message"]
+        assert calls_of(message) == [("get_weather", {"city": "Köln"})]
+        assert (await client.post(URL, json=body | {"strict": True})).status_code == 400
+        history = [*HELLO, {"role": "assistant", "content": "abc"}]
+        echo = {"messages": history, "continue_final_message": True, "echo": True}
+        refused = await client.post(URL, json=echo | FORCED)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
+
+
+async def test_tools_that_a_schema_leaves_no_room_for_are_named() -> None:
+    async with chatting(saying("{}"), HERMES) as client:
+        body = {"messages": HELLO, "tools": [WEATHER], "response_format": {"type": "json_object"}}
+        assert (await client.post(URL, json=body)).headers["X-Ignored-Params"] == "tools"
+
+
+async def test_a_call_and_its_end_come_in_two_chunks() -> None:
+    """Also where a stop string held all of the call back; each call's gains are one entry."""
+    text = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+    async with chatting(saying(text), HERMES) as client:
+        held = text[:-1] + "X"
+        chunks = await stream(client, tools=[TIME], stop=[held])
+        deltas = [chunk["choices"][0] for chunk in chunks]
+        assert (deltas[-1]["delta"], deltas[-1]["finish_reason"]) == ({}, "tool_calls")
+        for choice in deltas:
+            indices = [call["index"] for call in choice["delta"].get("tool_calls", [])]
+            assert len(indices) == len(set(indices))

@@ -60,3 +60,15 @@ def test_work_without_steps_is_stalled_and_a_step_heals_it() -> None:
     assert watchdog.is_stalled()
     watchdog.heard(Outputs(6, 1, 0.1, []))
     assert not watchdog.is_stalled()
+
+
+def test_a_pause_of_the_whole_machine_is_held_against_nobody() -> None:
+    watchdog, clock = watched()
+    watchdog.heard(State("ready", steps=1, running=1))
+    clock.now += 60
+    assert watchdog.look()
+    assert not watchdog.is_stalled()
+    for _ in range(25):
+        clock.now += 0.5
+        assert not watchdog.look()
+    assert watchdog.is_stalled()

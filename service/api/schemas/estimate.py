@@ -7,7 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 
-class Refusal(Struct):
+class AdmissionRefusal(Struct):
     """As the error would say it."""
 
     message: str
@@ -30,4 +30,4 @@ class Estimate(Struct, kw_only=True):
     decode_seconds: float | None = None
     total_seconds: float | None = None
     would_be_admitted: bool = True
-    reason: Refusal | None = None
+    reason: AdmissionRefusal | None = None
