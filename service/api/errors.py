@@ -131,8 +131,6 @@ def _address(location: tuple[int | str, ...], body: Any, is_missing: bool) -> li
     """``location`` without pydantic's names of union members: only what leads into ``body``."""
     path: list[int | str] = []
     for position, step in enumerate(location):
-        if position and isinstance(location[position - 1], int) and step == _child(body, "type"):
-            continue  # which kind of item it was taken for
         child = _child(body, step)
         if child is not MISSING or (is_missing and position == len(location) - 1):
             path.append(step)
