@@ -35,7 +35,8 @@ SHARED: dict[str, tuple[str, str]] = {
     "prompt_logprobs": ("off", "log-probabilities of the prompt's tokens; not with `stream`"),
     "echo": (
         "false",
-        "the prompt before the answer; in chat the assistant's last message that is continued",
+        "the prompt before the answer; in chat the assistant's last message that is continued, "
+        "also before an answer that is held to a schema",
     ),
     "stop": ("none", "ends the answer; at most `--max-stop` strings of 4,096 characters"),
     "include_stop_str_in_output": ("false", "keep the stop string in the text"),
@@ -157,14 +158,16 @@ CHAT: dict[str, tuple[str, str]] = {
         "functions the model may call: names of `[A-Za-z0-9_-]{1,64}`, each once; `parameters` a "
         f"schema of an object; at most {MAX_TOOLS_JSON:,} characters in all, "
         f"nested at most {MAX_DEPTH} deep. A chat template that "
-        "knows no tools gets them in the system message",
+        "knows no tools gets them in the system message. Beside a schema or grammar of the answer "
+        "no call is possible, unless it is forced: `X-Ignored-Params` says `tools`",
     ),
     "tool_choice": (
         "`auto` with tools, else `none`",
         "`none` (tools are kept from the model), `auto` (calls are read as `--tool-call-parser` "
         "says; what is malformed is content), `required`, `{type: function, function: {name}}`, or "
         "`{type: allowed_tools, allowed_tools: {mode, tools}}`. Required and named: `content` is "
-        "null, `finish_reason` is `tool_calls`, arguments always satisfy their schema",
+        "null, `finish_reason` is `tool_calls`, arguments always satisfy their schema; `stop` and "
+        "`stop_token_ids` cut no such call (`X-Ignored-Params` names them), `echo`: 400",
     ),
     "parallel_tool_calls": ("true", "false: at most one call"),
     "functions": ("none", "400: send `tools`; in histories the older form is read"),

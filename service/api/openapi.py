@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from service import __version__
 from service.api.anthropic_errors import OVERLOADED, AnthropicEnvelope
 from service.api.errors import ErrorEnvelope
+from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
@@ -77,6 +78,10 @@ EVENT: dict[str, Any] = {  # of a stream each, as readers of pages take a stream
     "type": "object",
     "properties": {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}},
     "required": ["data"],
+}
+SCHEMES = {  # where the server has keys; without any nothing is asked for
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 ERRORS = {
     400: "A field is wrong, out of bounds or not supported yet",
@@ -161,7 +166,17 @@ def describe(app: FastAPI) -> dict[str, Any]:
     schemas.update(requests["$defs"])
     schemas.update(answers)
     _leave_out_validation(page)
+    _say_where_keys_go(page)
     return page
+
+
+def _say_where_keys_go(page: dict[str, Any]) -> None:
+    refused = {"description": ERRORS[401], "content": _json(ErrorEnvelope.__name__)}
+    page["components"]["securitySchemes"] = SCHEMES
+    for path, operations in page["paths"].items():
+        for operation in operations.values() if path not in PUBLIC_PATHS else ():
+            operation["security"] = [{name: []} for name in SCHEMES] + [{}]  # {}: may be without
+            operation["responses"].setdefault("401", refused)
 
 
 def _leave_out_validation(page: dict[str, Any]) -> None:
