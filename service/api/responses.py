@@ -15,9 +15,11 @@ from service.api.schemas.response_events import InputTokens, ModelResponse
 from service.api.schemas.responses import ResponseRequest
 from service.api.server import server_of
 from service.api.stream import AnswerResponse, Framing, StreamUsage, named_frame
+from service.api.translation import in_words_of
 from service.errors import NotFound
 
 router = APIRouter()
+TOOL_NAMES = ((r"(\btools\[\d+\])\.function\b", r"\1"),)
 
 
 @router.post("/v1/responses", **documented(ResponseRequest, ModelResponse, streams=True))
@@ -25,7 +27,7 @@ async def create_response(request: Request) -> Response:
     """Answer a conversation as a response of items, whole or as named events; nothing is stored."""
     server = server_of(request)
     exchange = server.receive(request)
-    fields = await read_body(request, ResponseRequest)
+    fields = await _read(request)
     refuse_state(fields)
     headers = ignored(fields, server)
     chat = await prepare_response(fields, server, exchange)
@@ -46,12 +48,18 @@ async def create_response(request: Request) -> Response:
 async def count_input_tokens(request: Request) -> Response:
     """How many tokens the input of a response is."""
     server = server_of(request)
-    fields = await read_body(request, ResponseRequest)
+    fields = await _read(request)
     refuse_state(fields)
     headers = ignored(fields, server)
     response = json_response(InputTokens(await count_tokens(fields, server)))
     response.headers.update(headers)
     return response
+
+
+async def _read(request: Request) -> ResponseRequest:
+    """A tool in chat's shape is told where its fields belong here."""
+    with in_words_of(TOOL_NAMES):
+        return await read_body(request, ResponseRequest)
 
 
 @router.get("/v1/responses/{response_id}", **documented(None, ModelResponse))

@@ -541,3 +541,11 @@ async def test_it_is_in_the_books(client: httpx.AsyncClient, engine: FakeEngine)
     assert "pronk:requests_finished_total 1.0" in metrics
     assert "pronk:requests_rejected_total 1.0" in metrics
     assert 'reason="queue_full"} 1.0' in metrics
+
+
+async def test_a_tool_in_chats_shape_is_told_where_its_name_belongs(
+    client: httpx.AsyncClient,
+) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    response = await client.post("/v1/responses", json={"input": "x", "tools": [tool]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools[0].name")
