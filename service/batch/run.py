@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import sys
@@ -176,7 +177,7 @@ async def _ask(
     client: httpx.AsyncClient, line: BatchRequest
 ) -> tuple[Response | None, Failure | None]:
     """Until it is taken and answered; what fails in the engine is tried a few times."""
-    since, tries, told = time.monotonic(), 0, ""
+    since, tries = time.monotonic(), 0
     while True:
         try:
             answer = await client.post(
@@ -184,9 +185,8 @@ async def _ask(
             )
         except httpx.TransportError as error:
             reason, pause = f"no server answers ({type(error).__name__})", 1.0
-            answer_is_missing = True
+            _warn_once(f"{reason}; trying again for {PATIENCE:g} s")
         else:
-            answer_is_missing = False
             tries += answer.status_code in FAILED
             if answer.status_code == UNAUTHORIZED:
                 raise BatchProblem("the server does not take the key: see --api-key")
@@ -196,12 +196,15 @@ async def _ask(
                 reason, pause = f"the server answers {answer.status_code}", float(tries)
             else:
                 return _response(answer, line)
-        if reason != told and answer_is_missing:
-            logger.warning("%s; trying again for %g s", reason, PATIENCE)
-            told = reason
         if time.monotonic() - since > PATIENCE:
             raise BatchProblem(f"{reason}; run it again to go on")
         await asyncio.sleep(min(pause, LONGEST_PAUSE))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Every line that waits would say the same."""
+    logger.warning(message)
 
 
 def _refusal(answer: httpx.Response) -> tuple[str, float]:

@@ -176,6 +176,30 @@ def test_any_server_s_answers_fit_on_a_line(tmp_path: Path) -> None:
     assert by_id["id-3"]["response"]["body"] == {"ok": True}
 
 
+def test_lines_that_failed_before_still_count(tmp_path: Path, url: str) -> None:
+    write_input(tmp_path / "in", [line(1), line(2, body={"prompt": "Hi", "temperature": 9})])
+    assert batch(tmp_path, url).code == 3
+    again = batch(tmp_path, url)
+    assert (again.num_done, again.code) == (0, 3)
+    assert "--retry-failed" in again.text()
+
+
+def test_a_wrong_key_ends_the_run_and_uses_no_line_up(tmp_path: Path, url: str) -> None:
+    write_input(tmp_path / "in", [line(1)])
+    with pytest.raises(BatchProblem, match="key"):
+        batch(tmp_path, url, api_key="wrong")
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_a_full_queue_is_waited_for_in_anthropic_s_words_too(
+    tmp_path: Path, url: str, engine: FakeEngine
+) -> None:
+    engine.refusals = {0: Overloaded("full", retry_after=0.1)}
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    write_input(tmp_path / "in", [line(1, url="/v1/messages", body=body)])
+    assert batch(tmp_path, url).num_answered == 1
+
+
 # ---- the command
 
 
