@@ -13,20 +13,8 @@ from pydantic import BaseModel
 
 import service.errors
 from docs import fields
-from service.api import (
-    adapters,
-    chat,
-    completions,
-    embeddings,
-    estimate,
-    health,
-    messages,
-    models,
-    responses,
-    scores,
-    tokens,
-)
 from service.api.anthropic_errors import anthropic_envelope, anthropic_status
+from service.api.app import ROUTED
 from service.api.errors import RequestTimeout
 from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
@@ -200,19 +188,7 @@ def wire_page() -> str:
 
 def routes() -> Iterator[tuple[str, str, str]]:
     """Each route, whether it needs a key where keys are set, and its handler's docstring."""
-    for module in (
-        completions,
-        chat,
-        responses,
-        messages,
-        embeddings,
-        scores,
-        estimate,
-        models,
-        adapters,
-        tokens,
-        health,
-    ):
+    for module in ROUTED:
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             path = route.path.replace(":path", "")

@@ -34,6 +34,19 @@ from service.metrics import Metrics
 from service.registry import ModelRegistry
 from service.settings import Settings
 
+ROUTED = (
+    completions,
+    chat,
+    responses,
+    messages,
+    embeddings,
+    scores,
+    estimate,
+    models,
+    adapters,
+    tokens,
+    health,
+)
 REFUSED_ADMISSION = (429, 503)
 
 
@@ -53,19 +66,7 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
     )
     metrics = Metrics(registry)
     Server(settings, registry, metrics, app.state)
-    for part in (
-        completions,
-        chat,
-        responses,
-        messages,
-        embeddings,
-        scores,
-        estimate,
-        models,
-        adapters,
-        tokens,
-        health,
-    ):
+    for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
