@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
 
-from service.api.readers.scanning import Malformed, Reading, Scanner
+from service.api.readers.scanning import Malformed, Reading, Scanner, make_call_id
 
 Emit = Callable[[str], None]
 IsKnown = Callable[[str], bool]  # whether a name is one a call may have
@@ -232,3 +232,20 @@ def parse_arguments(text: str) -> Any:
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return text
     return value if isinstance(value, dict) else text
+
+
+class BareCallScanner(JsonScanner):
+    """Calls without a mark, told from other text by the names of the functions there are."""
+
+    def __init__(
+        self,
+        names: Collection[str],
+        *,
+        most_calls: int | None = None,
+        make_id: Callable[[], str] = make_call_id,
+    ) -> None:
+        self._names = names
+        super().__init__(most_calls=most_calls, make_id=make_id)
+
+    def is_known(self, name: str) -> bool:
+        return name in self._names

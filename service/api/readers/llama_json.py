@@ -6,36 +6,21 @@ JSON in a text is mostly somebody's data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-
 from service.api.readers.hermes import any_name
-from service.api.readers.json_text import IsKnown, JsonScanner
-from service.api.readers.scanning import Reading, make_call_id
+from service.api.readers.json_text import BareCallScanner, IsKnown
+from service.api.readers.scanning import Reading
 
 TAG = "<|python_tag|>"
 
 
-class LlamaJsonReader(JsonScanner):
-    def __init__(
-        self,
-        names: Collection[str],
-        *,
-        most_calls: int | None = None,
-        make_id: Callable[[], str] = make_call_id,
-    ) -> None:
-        self._names = names
-        super().__init__(most_calls=most_calls, make_id=make_id)
-
+class LlamaJsonReader(BareCallScanner):
     def answer(self) -> Reading[None]:
-        if (yield from self.attempt(self._call(self._is_known))):
-            yield from self._more(self._is_known)
+        if (yield from self.attempt(self._call(self.is_known))):
+            yield from self._more(self.is_known)
         while (yield from self.text_until(TAG)):
             if (yield from self.attempt(self._call(any_name), TAG)):
                 yield from self._more(any_name)
         self.end_content()
-
-    def _is_known(self, name: str) -> bool:
-        return name in self._names
 
     def _more(self, is_known: IsKnown) -> Reading[None]:
         while self.current and self.current in "; \n{":

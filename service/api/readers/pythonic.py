@@ -7,19 +7,19 @@ Literals are read by a grammar of their own and said as JSON; nothing is evaluat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from service.api.readers.hermes import any_name
 from service.api.readers.json_text import (
     MAX_DEPTH,
+    BareCallScanner,
     Emit,
     IsKnown,
-    JsonScanner,
     checked_number,
     escaped,
     ignore,
 )
-from service.api.readers.scanning import Malformed, Reading, make_call_id
+from service.api.readers.scanning import Malformed, Reading
 
 OPEN, CLOSE = "<|python_start|>", "<|python_end|>"
 WORDS = {"True": "true", "False": "false", "None": "null"} | {
@@ -31,25 +31,12 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v"
 HEXADECIMAL = {"x": 2, "u": 4, "U": 8}
 
 
-class PythonicReader(JsonScanner):
-    def __init__(
-        self,
-        names: Collection[str],
-        *,
-        most_calls: int | None = None,
-        make_id: Callable[[], str] = make_call_id,
-    ) -> None:
-        self._names = names
-        super().__init__(most_calls=most_calls, make_id=make_id)
-
+class PythonicReader(BareCallScanner):
     def answer(self) -> Reading[None]:
-        yield from self.attempt(self._calls(self._is_known))
+        yield from self.attempt(self._calls(self.is_known))
         while (yield from self.text_until(OPEN)):
             yield from self.attempt(self._marked(), OPEN)
         self.end_content()
-
-    def _is_known(self, name: str) -> bool:
-        return name in self._names
 
     def _marked(self) -> Reading[None]:
         yield from self._calls(any_name)
