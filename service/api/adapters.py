@@ -76,7 +76,7 @@ def may_change(request: Request, server: Server) -> Path:
         raise PermissionDenied(
             "This server changes its adapters for nobody; its operator allows it by --lora-root."
         )
-    if not exchange_of(request.scope).key_id:
+    if not exchange_of(request.scope).caller.id:
         raise PermissionDenied(
             "Adapters are changed by callers with an API key; this server has no --api-key."
         )

@@ -17,13 +17,25 @@ KEY = "pronk.exchange"  # in the ASGI scope
 Outcome = Literal["finished", "failed", "cancelled", "rejected"]
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, as the key says; without keys everybody is the one nameless caller."""
+
+    id: str = ""  # of the key, never the key itself
+    name: str = ""  # the operator's word for it: labels and the ledger
+    weight: float = 1.0  # its share of the device beside other callers
+
+
+NOBODY = Caller()
+
+
 @dataclass(slots=True)
 class Exchange:
     """``outcome`` is set by what ends a generation early; the status decides otherwise."""
 
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
-    key_id: str = ""  # which API key called, never the key itself
+    caller: Caller = NOBODY
     is_generation: bool = False  # counted in received = finished + failed + cancelled + rejected
     outcome: Outcome | None = None
     status: int | None = None

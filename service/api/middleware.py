@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.anthropic_errors import speaks_anthropic
 from service.api.errors import RequestTimeout, error_response, internal_error
-from service.api.exchange import KEY, Exchange, request_id, route_path
+from service.api.exchange import KEY, Caller, Exchange, request_id, route_path
 from service.errors import AuthenticationFailed, RequestTooLarge
 from service.metrics import Metrics
 
@@ -88,7 +88,7 @@ class Authentication:
         bearers, bare = headers.getlist("authorization"), headers.getlist("x-api-key")
         key_id = self.identify(bearers, bare)
         if key_id is not None and scope["type"] == "http":
-            scope[KEY].key_id = key_id
+            scope[KEY].caller = Caller(id=key_id, name=key_id)
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             refused = _unauthenticated(bool(bearers or bare))

@@ -55,6 +55,7 @@ class Job:
     text: TextOptions = field(default_factory=TextOptions)
     namespace: bytes = b""
     account: str = ""
+    weight: float = 1.0  # of the account, where accounts share the device
     priority: int = 0
     deadline: float | None = None  # seconds from arrival
     max_queue: float | None = None
@@ -102,6 +103,7 @@ class Job:
                 prompt.settings,
                 namespace=self.namespace,
                 account=self.account,
+                weight=self.weight,
                 priority=self.priority,
                 prompt_logprobs=self.prompt_logprobs,
                 logprobs_from=prompt.logprobs_from,
@@ -148,6 +150,7 @@ class Job:
             settings,
             namespace=self.namespace,
             account=self.account,
+            weight=self.weight,
             priority=self.priority,
             deadline=deadline,
             max_queue=self.max_queue,
