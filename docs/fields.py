@@ -374,8 +374,11 @@ ERRORS = {  # class: when
     "RequestTooLarge": "the body is larger than `--max-body-bytes`",
     "UnsupportedMediaType": "the content type is not JSON",
     "MethodNotAllowed": "wrong method; `Allow` names the right ones",
-    "AuthenticationFailed": "no key or a wrong one; with `WWW-Authenticate: Bearer`",
+    "AuthenticationFailed": "no key, or one that is wrong, revoked or expired; with "
+    "`WWW-Authenticate: Bearer`",
     "PermissionDenied": "the server does not let requests do this",
+    "AdminRequired": "the key has no admin rights",
+    "ModelNotAllowed": "the key may not use this model; also where there is none of that name",
     "NotFound": "there is nothing at this address",
     "ModelNotFound": "no model of this name is served",
     "Overloaded": "the queue is full; `Retry-After` from the measured drain rate",

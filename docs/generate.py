@@ -15,8 +15,8 @@ import service.errors
 from docs import fields
 from service.api.anthropic_errors import anthropic_envelope, anthropic_status
 from service.api.app import ROUTED
+from service.api.authentication import PUBLIC_PATHS
 from service.api.errors import RequestTimeout
-from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
@@ -61,8 +61,8 @@ in the header `X-Ignored-Params`, or refused with 400 under `strict: true` or `-
 
 ## Routes
 
-`key`: whether it needs one where the server has `--api-key` (`/metrics`: not with
-`--metrics-public`), as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+`key`: whether it needs one where the server has keys (`/metrics`: not with `--metrics-public`),
+as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
 """
 

@@ -1,4 +1,4 @@
-"""The command ``pronk``: serve, batch, chat, quantize, eval, bench, doctor, version.
+"""The command ``pronk``: serve, keys, batch, chat, quantize, eval, bench, doctor, version.
 
 Torch is imported only inside a command.
 """
@@ -14,6 +14,7 @@ import typer
 
 from service import __version__
 from service.bench.cli import app as bench
+from service.keys.cli import app as keys
 
 app = typer.Typer(
     name="pronk",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
 
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

@@ -76,6 +76,18 @@ class PermissionDenied(PronkError):
     type = "permission_error"
 
 
+class AdminRequired(PermissionDenied):
+    code = "admin_required"
+
+
+class ModelNotAllowed(PermissionDenied):
+    """Of a key that may use some models only; also where there is no such model, so that it does
+    not learn which ones there are."""
+
+    code = "model_not_allowed"
+    param = "model"
+
+
 class NotFound(PronkError):
     status = 404
     type = "not_found_error"

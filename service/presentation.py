@@ -110,8 +110,9 @@ def banner(
         logger.info("host memory keeps %s tokens more", f"{int(facts['host_tokens']):,}")
     if settings.log_content:
         logger.warning("--log-content is on: prompts and answers are written to the log")
-    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("no --api-key: whoever reaches this address may use the model")
+    has_keys = settings.api_key or settings.api_keys_file
+    if not has_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("no API keys: whoever reaches this address may use the model")
     logger.info("ready on %s", listener.address(settings, socket))
 
 
@@ -123,11 +124,9 @@ def _in_short(count: int) -> str:
     return str(count)
 
 
-async def sample(app: FastAPI, settings: Settings, model: ServedModel) -> None:
+async def sample(app: FastAPI) -> None:
     """One completion through the whole service, printed: proof that it answers."""
-    headers = {}
-    if settings.api_key:
-        headers["Authorization"] = f"Bearer {settings.api_key[0].get_secret_value()}"
+    headers = {"Authorization": f"Bearer {app.state.server.keyring.own_key}"}
     body = {"prompt": SAMPLE_PROMPT, "max_tokens": SAMPLE_TOKENS, "seed": 1}
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://pronk") as client:

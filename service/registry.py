@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from service import __version__
 from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit
-from service.errors import ModelNotFound, Unavailable
+from service.errors import ModelNotAllowed, ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
     from model.chat_template import ChatTemplate
     from model.tokenizer import Tokenizer
+
+Allowed = frozenset[str] | None  # names a caller may use; None: all
 
 MOST_NAMED = 20  # models a refusal lists
 DRAIN_RETRY = 5.0  # seconds: another replica should answer; this one will be gone
@@ -188,12 +190,17 @@ class ModelRegistry:
     def is_ready(self) -> bool:
         return all(model.is_ready for model in self.models)
 
-    def get(self, name: str | None) -> ServedModel:
-        """Also by an adapter's name. Raises ``ModelNotFound``; ``None`` is the first model."""
-        return self.find(name)[0]
+    def get(self, name: str | None, allowed: Allowed) -> ServedModel:
+        """Also by an adapter's name. Raises as ``find`` does."""
+        return self.find(name, allowed)[0]
 
-    def find(self, name: str | None) -> tuple[ServedModel, ServedAdapter | None]:
-        """The model of that name, or an adapter and the model under it."""
+    def find(self, name: str | None, allowed: Allowed) -> tuple[ServedModel, ServedAdapter | None]:
+        """The model of that name, or an adapter and the model under it; ``None``: the first model.
+
+        ``allowed`` is what the caller may use. Raises ``ModelNotAllowed`` or ``ModelNotFound``.
+        """
+        if allowed is not None:
+            self._check_allowed(name, allowed)
         if name is None:
             return self.models[0], None
         if (model := self._by_name.get(name)) is not None:
@@ -204,6 +211,16 @@ class ModelRegistry:
         known = sorted([*self._by_name, *(name for m in self.models for name in m.adapters)])
         listed = ", ".join(known[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
         raise ModelNotFound(f"The model {name[:200]!r} does not exist here; served: {listed}")
+
+    def _check_allowed(self, name: str | None, allowed: frozenset[str]) -> None:
+        meant = self.models[0].names if name is None else [name]
+        if allowed.isdisjoint(meant):
+            said = (
+                "the model that requests get which name none" if name is None else f"{name[:200]!r}"
+            )
+            listed = ", ".join(sorted(allowed)[:MOST_NAMED])
+            more = ", ..." if len(allowed) > MOST_NAMED else ""
+            raise ModelNotAllowed(f"This API key may not use {said}; it may use: {listed}{more}")
 
     def names(self) -> list[tuple[str, ServedModel]]:
         return [(name, model) for model in self.models for name in model.names]

@@ -28,6 +28,7 @@ from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
 from service.engine.messages import State
 from service.engine.options import EngineOptions
 from service.errors import EngineFailure
+from service.keys.file import KeysProblem
 from service.logs import configure_logging
 from service.protocol import HttpProtocol
 from service.registry import (
@@ -181,7 +182,10 @@ class Backend:
             name: ServedAdapter(name, folder.expanduser())
             for name, folder in settings.adapters.items()
         }
-        self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
+        try:
+            self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
+        except KeysProblem as problem:
+            raise ServeProblem(str(problem)) from None
 
     async def load(self) -> None:
         """Ready when it returns. Raises ``ServeProblem`` with one clear line."""
@@ -254,6 +258,7 @@ class Server(Backend):
         self.engine.observers.append(self._on_engine)
         logger.info("listening on %s", listener.address(self.settings, self.socket))
         self._spawn(self._bring_up())
+        self._spawn(self.app.state.server.keyring.watch())
         try:
             await self.http.serve(sockets=[self.socket])
         finally:
@@ -279,7 +284,7 @@ class Server(Backend):
         presentation.banner(self.settings, self.model, self.engine.state, self.plan, self.socket)
         wants_sample = self.settings.sample
         if wants_sample or (wants_sample is None and self.source.is_bundled):
-            await presentation.sample(self.app, self.settings, self.model)
+            await presentation.sample(self.app)
 
     def _on_engine(self, message: object) -> None:
         """An engine that will not come back ends the server: its keeper can start it anew."""

@@ -247,14 +247,21 @@ class Settings(BaseSettings):
 
     # ---- who may call
     api_key: Secrets = Field(
-        [], description="A key clients must send (process lists show flags: prefer PRONK_API_KEY)"
+        [],
+        description="A key clients must send, with every right and no limit (process lists show "
+        "flags: prefer PRONK_API_KEY)",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="A TOML file of hashed keys with their rights and limits, read again whenever "
+        "it changes; `pronk keys` writes it",
     )
     allowed_origins: Strings = Field(
         [],
         description='Origins browsers may call from, e.g. ["https://example.org"]; default: none',
     )
     metrics_public: bool = Field(
-        False, description="Serve /metrics without a key also when keys are set"
+        False, description="Serve /metrics without an admin key also when keys are set"
     )
     docs: bool = Field(True, description="Serve /docs and /openapi.json")
     allow_request_chat_template: bool = Field(

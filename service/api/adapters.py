@@ -1,7 +1,7 @@
 """``POST /v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``: adapters that come and go.
 
-Only where the operator named a folder to load from, only for callers with a key, and only from
-below that folder: a client must not make the server read what it pleases.
+Only where the operator named a folder to load from, only for callers with an admin key, and only
+from below that folder: a client must not make the server read what it pleases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @router.post("/v1/load_lora_adapter", **documented(LoadAdapterRequest, None))
 async def load_lora_adapter(request: Request) -> Response:
-    """Serve one more LoRA adapter; 403 without `--lora-root` or without an API key."""
+    """Serve one more LoRA adapter; 403 without `--lora-root` or an admin key."""
     server = server_of(request)
     root = may_change(request, server)
     fields = await read_body(request, LoadAdapterRequest)
@@ -58,7 +58,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     fields = await read_body(request, UnloadAdapterRequest)
     headers = ignored_headers(fields, server.settings.strict_params)
     async with server.adapters_lock:
-        model, adapter = server.models.find(fields.lora_name)
+        model, adapter = server.models.find(fields.lora_name, None)
         if adapter is None:
             raise ModelNotFound(f"{fields.lora_name!r} is no adapter.", param="lora_name")
         del model.adapters[adapter.name]
@@ -71,6 +71,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 def may_change(request: Request, server: Server) -> Path:
     """The folder adapters are loaded from. Raises ``PermissionDenied``."""
+    server.require_admin(request)
     root = server.settings.lora_root
     if root is None:
         raise PermissionDenied(
@@ -78,7 +79,7 @@ def may_change(request: Request, server: Server) -> Path:
         )
     if not exchange_of(request.scope).caller.id:
         raise PermissionDenied(
-            "Adapters are changed by callers with an API key; this server has no --api-key."
+            "Adapters are changed by callers with an admin key; this server has none."
         )
     return root
 

@@ -24,12 +24,15 @@ from service.api import (
     scores,
     tokens,
 )
+from service.api.authentication import PUBLIC_PATHS, Authentication
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
-from service.api.middleware import PUBLIC_PATHS, Authentication, BodyBounds, Edge
+from service.api.middleware import BodyBounds, Edge
 from service.api.openapi import describe
 from service.api.server import Server, server_of
 from service.errors import PronkError
+from service.keys.keyring import Keyring
+from service.keys.metrics import KeyMetrics
 from service.metrics import Metrics
 from service.registry import ModelRegistry
 from service.settings import Settings
@@ -53,6 +56,8 @@ REFUSED_ADMISSION = (429, 503)
 def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
     """The service in front of ``registry``'s engines, which are started and stopped elsewhere.
 
+    Raises ``KeysProblem`` where the keys file cannot be used. Whoever runs the app lets
+    ``app.state.server.keyring.watch()`` run beside it.
     ``app.state.draining = True`` turns /readyz to 503 and, without a ``drain_delay``, refuses new
     work at once.
     """
@@ -65,22 +70,27 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
         redirect_slashes=False,
     )
     metrics = Metrics(registry)
-    Server(settings, registry, metrics, app.state)
+    keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
+    server = Server(
+        settings, registry, metrics, app.state, keyring, KeyMetrics(metrics.registry, keyring)
+    )
     for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
-    _add_middlewares(app, settings, metrics)
+    _add_middlewares(app, server)
     _describe_lazily(app)
     return app
 
 
-def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middlewares(app: FastAPI, server: Server) -> None:
     """The last one added is the outermost: edge, CORS, keys, body."""
-    keys = [key.get_secret_value() for key in settings.api_key]
+    settings = server.settings
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
-    app.add_middleware(Authentication, keys=keys, public=public)
+    app.add_middleware(
+        Authentication, keyring=server.keyring, metrics=server.key_metrics, public=public
+    )
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -89,14 +99,15 @@ def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, metrics=server.metrics)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """The envelope; refused admissions are counted by their reason."""
+    """The envelope; refused admissions are counted by their reason, refused keys by theirs."""
     assert isinstance(error, PronkError)
-    if exchange_of(request.scope).is_generation and error.status in REFUSED_ADMISSION:
-        server = server_of(request)
+    exchange, server = exchange_of(request.scope), server_of(request)
+    server.key_metrics.note(exchange.caller.name, error)
+    if exchange.is_generation and error.status in REFUSED_ADMISSION:
         server.metrics.reject(server.models.models[0], error.code or "other")
     return await handle_pronk_error(request, error)
 

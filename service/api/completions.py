@@ -47,7 +47,7 @@ async def prepare(
 ) -> tuple[Job, dict[str, str]]:
     """The job, and the headers that go with any answer."""
     check_fields(fields, server)
-    model, engine, headers = check(fields, server)
+    model, engine, headers = check(fields, server, exchange)
     sampling = make_sampling(
         fields,
         server,

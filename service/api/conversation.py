@@ -40,7 +40,7 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
     budget, max_tokens = read_max_tokens(fields)
     logprobs = read_logprobs(fields)
     plan = read_plan(fields)
-    model, engine, headers = check(fields, server, plan.overruled(fields))
+    model, engine, headers = check(fields, server, exchange, plan.overruled(fields))
     fields = plan.in_force(fields)
     sampling = make_sampling(
         fields,

@@ -33,7 +33,7 @@ async def estimate(request: Request) -> Response:
     """
     server = server_of(request)
     fields = await read_either(request)
-    model = server.models.get(fields.model)
+    model = server.models.get(fields.model, exchange_of(request.scope).caller.models)
     answer = Estimate(model=fields.model or model.name, max_model_len=model.context)
     try:
         job, headers = await prepare(fields, server, request)

@@ -24,6 +24,8 @@ class Caller:
     id: str = ""  # of the key, never the key itself
     name: str = ""  # the operator's word for it: labels and the ledger
     weight: float = 1.0  # its share of the device beside other callers
+    is_admin: bool = False
+    models: frozenset[str] | None = None  # it may use, adapters among them; None: all
 
 
 NOBODY = Caller()

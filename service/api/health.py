@@ -113,8 +113,11 @@ async def version() -> Response:
     responses={200: {"description": "Prometheus' text format"}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    body = server_of(request).metrics.text()
+    """Prometheus' text format; for admin keys, unless `--metrics-public`."""
+    server = server_of(request)
+    if not server.settings.metrics_public:
+        server.require_admin(request)
+    body = server.metrics.text()
     return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -17,14 +17,14 @@ from service.registry import Engine, ServedModel
 
 
 def check(
-    fields: SamplingFields, server: Server, overruled: Sequence[str] = ()
+    fields: SamplingFields, server: Server, exchange: Exchange, overruled: Sequence[str] = ()
 ) -> tuple[ServedModel, Engine, dict[str, str]]:
     """What can be refused without a tokenizer, cheapest first; the headers go with any answer.
 
     ``overruled`` fields are known, but another one leaves no room for them.
     """
     refuse_unsupported(fields)
-    model = server.models.get(fields.model)
+    model = server.models.get(fields.model, exchange.caller.models)
     headers = ignored_headers(fields, server.settings.strict_params, overruled)
     check_limits(fields, server.settings)
     return model, model.pick(), headers
@@ -84,7 +84,7 @@ def make_job(
             "use_beam_search: cannot be used with structured output", param="use_beam_search"
         )
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
-    adapter = server.models.find(fields.model)[1]
+    adapter = server.models.find(fields.model, exchange.caller.models)[1]
     skip_special = fields.skip_special_tokens is not False
     return Job(
         model=model,

@@ -57,10 +57,10 @@ async def prepare_message(request: MessagesRequest, server: Server, exchange: Ex
         return renamed(await prepare(fields, server, exchange), NAMES)
 
 
-async def count_tokens(request: CountRequest, server: Server) -> int:
+async def count_tokens(request: CountRequest, server: Server, exchange: Exchange) -> int:
     values = _conversation(request)
     with in_words_of(NAMES):
-        return await count_prompt(to_chat(request, values), server)
+        return await count_prompt(to_chat(request, values), server, exchange)
 
 
 def _generation(request: MessagesRequest) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from service.api.anthropic_errors import anthropic_envelope
 from service.api.body import read_body
 from service.api.conversation import Chat
+from service.api.exchange import exchange_of
 from service.api.ignored import ignored_headers
 from service.api.message_input import count_tokens, prepare_message
 from service.api.models import json_response
@@ -85,7 +86,8 @@ async def count_message_tokens(request: Request) -> Response:
     server = server_of(request)
     fields = await read_body(request, CountRequest)
     headers = ignored_headers(fields, server.settings.strict_params)
-    response = json_response(TokenCount(await count_tokens(fields, server)))
+    counted = await count_tokens(fields, server, exchange_of(request.scope))
+    response = json_response(TokenCount(counted))
     response.headers.update(headers)
     return response
 

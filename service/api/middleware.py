@@ -1,16 +1,12 @@
-"""Pure ASGI middlewares: the edge (request id, books, last resort), the keys, the body's bounds.
+"""Pure ASGI middlewares: the edge (request id, books, last resort), the body's bounds.
 
-They look at ``scope["path"]`` and never at a URL rebuilt from the Host header, and decide before
-a byte of the body is read.
+They look at ``scope["path"]`` and never at a URL rebuilt from the Host header.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -18,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.anthropic_errors import speaks_anthropic
 from service.api.errors import RequestTimeout, error_response, internal_error
-from service.api.exchange import KEY, Caller, Exchange, request_id, route_path
-from service.errors import AuthenticationFailed, RequestTooLarge
+from service.api.exchange import KEY, Exchange, request_id, route_path
+from service.errors import RequestTooLarge
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -67,65 +62,6 @@ class Edge:
 def _handler(scope: Scope) -> str:
     """The route's template: bounded, whatever paths strangers try."""
     return getattr(scope.get("route"), "path", None) or "unmatched"
-
-
-class Authentication:
-    """Deny by default: a key for every path but the public ones.
-
-    Keys are compared as SHA-256 digests, all of them, in constant time.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Iterable[str], public: frozenset[str]) -> None:
-        self.app = app
-        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self.public = public
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self.digests or route_path(scope) in self.public:
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        bearers, bare = headers.getlist("authorization"), headers.getlist("x-api-key")
-        key_id = self.identify(bearers, bare)
-        if key_id is not None and scope["type"] == "http":
-            scope[KEY].caller = Caller(id=key_id, name=key_id)
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            refused = _unauthenticated(bool(bearers or bare))
-            await error_response(refused, scope)(scope, receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008, "reason": ""})
-
-    def identify(self, bearers: list[str], bare: list[str]) -> str | None:
-        """The caller's key id, or None for a missing, doubled or wrong key.
-
-        ``bare`` are keys of ``x-api-key``, which Anthropic's clients send; beside a bearer it must
-        be the same key.
-        """
-        if len(bearers) > 1 or len(bare) > 1:
-            return None
-        found = [self._find_bearer(value) for value in bearers] + [self._find(key) for key in bare]
-        return found[0] if len(set(found)) == 1 else None
-
-    def _find_bearer(self, authorization: str) -> str | None:
-        scheme, _, key = authorization.partition(" ")
-        found = self._find(key)
-        return found if scheme.lower() == "bearer" else None
-
-    def _find(self, key: str) -> str | None:
-        offered = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        found = None
-        for digest in self.digests:
-            if hmac.compare_digest(digest, offered):
-                found = digest.hex()[:16]
-        return found
-
-
-def _unauthenticated(has_offered: bool) -> AuthenticationFailed:
-    problem = "The API key is not one of this server's" if has_offered else "No API key came"
-    return AuthenticationFailed(
-        f"{problem}: send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
-    )
 
 
 class BodyBounds:

@@ -12,8 +12,8 @@ from pydantic.json_schema import models_json_schema
 
 from service import __version__
 from service.api.anthropic_errors import OVERLOADED, AnthropicEnvelope
+from service.api.authentication import PUBLIC_PATHS
 from service.api.errors import ErrorEnvelope
-from service.api.middleware import PUBLIC_PATHS
 from service.api.schemas.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from service.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from service.api.schemas.completions import Completion, CompletionRequest
@@ -86,12 +86,12 @@ SCHEMES = {  # where the server has keys; without any nothing is asked for
 ERRORS = {
     400: "A field is wrong, out of bounds or not supported yet",
     401: "No API key, or a wrong one",
-    403: "The server does not let requests do this",
+    403: "The key, or the server, does not allow this",
     404: "No such model",
     408: "The body took too long",
     413: "The body is too large",
     415: "The body is not JSON",
-    429: "The queue is full; see Retry-After",
+    429: "The queue is full, or the key over its rate or quota; see Retry-After",
     500: "The engine failed on this request",
     503: "Loading, draining or restarting; see Retry-After",
 }
@@ -117,7 +117,7 @@ def documented(
     content = text if answer is None else _json(answer.__name__)
     if streams:
         content["text/event-stream"] = {"schema": EVENT}
-    statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 404, 503)}
+    statuses = ERRORS if request is not None else {s: ERRORS[s] for s in (401, 403, 404, 503)}
     if anthropic:
         statuses = statuses | {OVERLOADED: ERRORS[429]}
     failed = _json((AnthropicEnvelope if anthropic else ErrorEnvelope).__name__)

@@ -216,10 +216,10 @@ def _thoughts(item: ReasoningInput) -> str:
     return "".join(part.text for part in item.content or item.summary or ())
 
 
-async def count_tokens(request: ResponseRequest, server: Server) -> int:
+async def count_tokens(request: ResponseRequest, server: Server, exchange: Exchange) -> int:
     fields = as_chat(request)
     with in_words_of(NAMES):
-        return await count_prompt(fields, server)
+        return await count_prompt(fields, server, exchange)
 
 
 async def prepare_response(request: ResponseRequest, server: Server, exchange: Exchange) -> Chat:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
+from service.api.exchange import exchange_of
 from service.api.models import json_response
 from service.api.openapi import documented
 from service.api.response_input import count_tokens, ignored, prepare_response, refuse_state
@@ -51,7 +52,8 @@ async def count_input_tokens(request: Request) -> Response:
     fields = await _read(request)
     refuse_state(fields)
     headers = ignored(fields, server)
-    response = json_response(InputTokens(await count_tokens(fields, server)))
+    counted = await count_tokens(fields, server, exchange_of(request.scope))
+    response = json_response(InputTokens(counted))
     response.headers.update(headers)
     return response
 

@@ -15,6 +15,9 @@ from starlette.datastructures import State as AppState
 from starlette.requests import Request
 
 from service.api.exchange import Exchange, exchange_of
+from service.errors import AdminRequired
+from service.keys.keyring import Keyring
+from service.keys.metrics import KeyMetrics
 from service.metrics import Metrics
 from service.registry import ModelRegistry, draining
 from service.settings import Settings
@@ -32,6 +35,8 @@ class Server:
     models: ModelRegistry
     metrics: Metrics
     flags: AppState
+    keyring: Keyring
+    key_metrics: KeyMetrics
     seeds: random.Random = field(default_factory=random.SystemRandom)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     num_open: int = 0  # answers on their way, those between two rounds or waves included
@@ -60,6 +65,11 @@ class Server:
         if self.is_refusing:
             raise draining()
         return exchange
+
+    def require_admin(self, request: Request) -> None:
+        """Raises ``AdminRequired``, but on a server without keys."""
+        if not self.keyring.is_open and not exchange_of(request.scope).caller.is_admin:
+            raise AdminRequired("This takes a key with admin rights; the caller's has none.")
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ class TextQuestion:
     def __init__(self, request: Request, exchange: Exchange, fields: TextFields) -> None:
         self.server: Server = server_of(request)
         self.fields = fields
-        self.model: ServedModel = self.server.models.get(fields.model)
+        self.model: ServedModel = self.server.models.get(fields.model, exchange.caller.models)
         self.headers = ignored_headers(fields, self.server.settings.strict_params)
         self.engine: Engine = self.model.pick()
         if fields.truncate_prompt_tokens == 0:
@@ -93,7 +93,7 @@ class TextQuestion:
     ) -> Response:
         """Through the engine by waves, as completions go; a client that hangs up ends it."""
         exchange, settings = self._exchange, self.server.settings
-        adapter = self.server.models.find(self.fields.model)[1]
+        adapter = self.server.models.find(self.fields.model, exchange.caller.models)[1]
         job = Job(
             model=self.model,
             engine=self.engine,

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import read_body
+from service.api.exchange import exchange_of
 from service.api.ignored import ignored_headers, refuse_unsupported
 from service.api.models import json_response
 from service.api.openapi import documented
@@ -28,7 +29,7 @@ async def tokenize(request: Request) -> Response:
     server = server_of(request)
     fields = await read_body(request, TokenizeRequest)
     refuse_unsupported(fields)
-    model = server.models.get(fields.model)
+    model = server.models.get(fields.model, exchange_of(request.scope).caller.models)
     headers = ignored_headers(fields, server.settings.strict_params)
     if model.tokenizer is None:
         raise model.unavailable()
@@ -68,7 +69,7 @@ async def detokenize(request: Request) -> Response:
     """The text of ids, special tokens spelled out."""
     server = server_of(request)
     fields = await read_body(request, DetokenizeRequest)
-    model = server.models.get(fields.model)
+    model = server.models.get(fields.model, exchange_of(request.scope).caller.models)
     headers = ignored_headers(fields, server.settings.strict_params)
     tokenizer = model.tokenizer
     if tokenizer is None:

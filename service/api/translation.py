@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from service.api.conversation import Chat, read_conversation
 from service.api.errors import invalid
+from service.api.exchange import Exchange
 from service.api.ignored import refuse_unsupported
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.translated import OwnFields
@@ -33,10 +34,10 @@ def to_chat(request: OwnFields, values: dict[str, Any]) -> ChatRequest:
         raise invalid(error, given) from None
 
 
-async def count_prompt(fields: ChatRequest, server: Server) -> int:
+async def count_prompt(fields: ChatRequest, server: Server, exchange: Exchange) -> int:
     """Tokens of the prompt a request would become; it need not fit."""
     refuse_unsupported(fields)
-    model = server.models.get(fields.model)
+    model = server.models.get(fields.model, exchange.caller.models)
     if model.tokenizer is None:
         raise model.unavailable()
     return len(await read_conversation(fields, server, model, read_plan(fields)))

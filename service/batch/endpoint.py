@@ -34,11 +34,10 @@ async def own_engine(settings: Settings) -> AsyncIterator[Endpoint]:
             await backend.load()
             width = int(backend.engine.state.facts["max_num_seqs"])
             transport = httpx.ASGITransport(app=backend.app, raise_app_exceptions=False)
-            keys = [key.get_secret_value() for key in settings.api_key]
             async with httpx.AsyncClient(
                 transport=transport,
                 base_url="http://pronk",
-                headers=_authorization(keys[0] if keys else ""),
+                headers=_authorization(backend.app.state.server.keyring.own_key),
                 timeout=None,  # the engine is watched, an answer takes what it takes
             ) as client:
                 yield Endpoint(client, WAITING * width, settings.max_body_bytes)

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.routing import BaseRoute, Route
 
-from service.api.middleware import PUBLIC_PATHS
+from service.api.authentication import PUBLIC_PATHS
 from tests.api.conftest import talking_to
+from tests.api.live import listening
 
 KEYS = {"api_key": ["first-key", "second-key"]}
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:
-    page = [("GET", "/docs"), ("GET", "/openapi.json")]
-    return page + [
-        (method.upper(), path) for path, item in app.openapi()["paths"].items() for method in item
+    """All the app has, also what its page does not show, each with methods it does not take."""
+    return [
+        (method, route.path)
+        for route in routes_below(app.routes)
+        for method in sorted({*(route.methods or ()), "HEAD", "OPTIONS", "POST", "TRACE"})
     ]
+
+
+def routes_below(found: Iterable[BaseRoute]) -> Iterator[Route]:
+    """FastAPI keeps routers it included as they are."""
+    for one in found:
+        if isinstance(one, Route):
+            yield one
+        elif (router := getattr(one, "original_router", None)) is not None:
+            yield from routes_below(router.routes)
+
+
+def test_the_enumeration_sees_every_kind_of_route(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app()
+    found = {path for _, path in routes_of(app)}
+    shown = {path.replace("{model_id}", "{model_id:path}") for path in app.openapi()["paths"]}
+    assert found >= shown | {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
 
 
 def spellings(path: str) -> list[str]:
@@ -29,6 +52,14 @@ def spellings(path: str) -> list[str]:
     return [
         path,
         f"//{first}",
+        f"///{first}",
+        f"/{first.replace('/', '//')}",
+        f"/livez//..//{first}",
+        f"/livez;/{first}",
+        f"{path};livez",
+        f"{path}%00",
+        f"{path}%3fx=/livez",
+        f"/.{path}",
         f"/livez/../{first}",
         f"/livez%2f..%2f{first}",
         encoded,
@@ -45,12 +76,45 @@ async def test_every_route_but_the_public_ones_needs_a_key(
     app = make_app(**KEYS)
     async with talking_to(app) as client:
         for method, path in routes_of(app):
-            for spelling in spellings(path.replace("{model_id}", "tiny")):
+            for spelling in spellings(re.sub(r"{\w+(:path)?}", "tiny", path)):
                 response = await client.request(
                     method, f"http://pronk{spelling}", headers={"Host": host}
                 )
                 is_public = path in PUBLIC_PATHS and response.status_code != 401
                 assert is_public or response.status_code == 401, (method, spelling)
+
+
+TARGETS = (
+    "http://127.0.0.1/v1/models",
+    "http://127.0.0.1/livez/../v1/models",
+    "http://livez/v1/models",
+    "//livez/v1/models",
+    "/livez/../v1/models",
+    "/livez%2f../v1/models",
+    "/livez\\..\\v1/models",
+    "/v1/models#/livez",
+    "/v1/models?/livez",
+    "/v1/models/%2e%2e/%2e%2e/livez",
+    "livez",
+    "*",
+)
+
+
+def test_no_form_of_a_request_target_gets_past_the_keys(make_app: Callable[..., FastAPI]) -> None:
+    """As they come over a socket, unchanged by a client's own notion of a URL."""
+    with listening(make_app(**KEYS)) as url:
+        assert ask_raw(url, "GET", "/livez") == 200
+        for method in ("GET", "HEAD", "OPTIONS", "POST", "livez"):
+            for target in TARGETS:
+                assert ask_raw(url, method, target) in (400, 401), (method, target)
+
+
+def ask_raw(url: str, method: str, target: str) -> int:
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        lines = f"{method} {target} HTTP/1.1", "Host: /livez", "Connection: close", "", ""
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.makefile("rb").readline().split()[1])
 
 
 @pytest.mark.parametrize("path", sorted(PUBLIC_PATHS))
@@ -112,6 +176,9 @@ async def test_a_strangers_body_is_never_read(make_app: Callable[..., FastAPI]) 
 
 
 async def test_a_root_path_opens_nothing_else(make_app: Callable[..., FastAPI]) -> None:
+    async with talking_to(make_app(**KEYS), root_path="/livez") as client:
+        assert (await client.get("/livez/v1/models")).status_code == 401
+        assert (await client.get("/livez/livez")).status_code == 200
     async with talking_to(make_app(**KEYS), root_path="/llm") as client:
         assert (await client.get("/llm/livez")).status_code == 200
         assert (await client.get("/llm/v1/models")).status_code == 401

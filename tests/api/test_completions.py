@@ -67,7 +67,7 @@ async def test_the_checkpoints_defaults_hold_where_the_client_says_nothing(
     make_app: Callable[..., FastAPI], engine: FakeEngine
 ) -> None:
     app = make_app()
-    model = app.state.server.models.get(None)
+    model = app.state.server.models.get(None, None)
     model.generation_defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 40}
     async with talking_to(app) as client:
         await ask(client, top_p=0.5)

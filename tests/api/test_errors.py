@@ -252,7 +252,7 @@ async def test_a_model_without_its_tokenizer_is_still_loading(
     make_app: Callable[..., FastAPI],
 ) -> None:
     app = make_app()
-    app.state.server.models.get(None).tokenizer = None
+    app.state.server.models.get(None, None).tokenizer = None
     async with talking_to(app) as client:
         for path in (URL, "/tokenize", "/v1/chat/completions"):
             body = (

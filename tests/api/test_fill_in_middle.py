@@ -34,7 +34,7 @@ class Filling(ByteTokenizer):
 def ask(make_app: Callable[..., FastAPI], engine: FakeEngine) -> Any:
     async def ask(names: dict[str, int] = LLAMA, **fields: Any) -> list[dict[str, Any]]:
         app = make_app()
-        app.state.server.models.get(None).tokenizer = Filling(names)
+        app.state.server.models.get(None, None).tokenizer = Filling(names)
         async with talking_to(app) as client:
             response = await client.post(URL, json=fields)
         assert response.status_code == 200, response.text
@@ -110,7 +110,7 @@ async def test_what_cannot_be_is_refused(make_app: Callable[..., FastAPI]) -> No
         error = await refuse(client, suffix="end")
         assert error["param"] == "suffix"
         assert "fill-in-the-middle" in error["message"]
-        app.state.server.models.get(None).tokenizer = Filling(LLAMA)
+        app.state.server.models.get(None, None).tokenizer = Filling(LLAMA)
         assert (await refuse(client, suffix="end", echo=True))["param"] == "echo"
         error = await refuse(client, suffix="end", truncate_prompt_tokens=4)
         assert error["param"] == "truncate_prompt_tokens"
