@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -27,7 +27,7 @@ class ChatProblem(RuntimeError):
 class ChatSettings:
     model: str | None
     url: str | None
-    api_key: str
+    api_key: str = field(repr=False)
     system: str | None
     temperature: float | None
     max_tokens: int | None

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from service import listener, presentation
 from service.api.app import create_app
+from service.crashes import forbid_core_dumps, log_loop_failure, log_uncaught
 from service.engine.client import EngineClient
 from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
 from service.engine.messages import State
@@ -74,7 +75,9 @@ class Source:
 
 def serve_until_stopped(settings: Settings) -> int:
     """Serve until a signal; the exit code. Raises ``ServeProblem`` with one clear line."""
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format, has_content=settings.log_content)
+    log_uncaught()
+    forbid_core_dumps()
     source = find_model(settings.model)
     try:
         socket = listener.bind(settings)
@@ -148,6 +151,7 @@ def engine_options(
         adapters={name: str(folder.expanduser()) for name, folder in settings.adapters.items()},
         log_level=settings.log_level,
         log_format=settings.log_format,
+        log_content=settings.log_content,
     )
 
 
@@ -253,6 +257,7 @@ class Server(Backend):
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_failure)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         self.engine.observers.append(self._on_engine)

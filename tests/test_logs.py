@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 
-from service.logs import JsonFormatter, TextFormatter
+import pytest
+
+from service.logs import OWN, JsonFormatter, TextFormatter, configure_logging
 
 
 def record(message: str, **extra: object) -> logging.LogRecord:
@@ -35,3 +38,75 @@ def test_a_trace_is_hidden_above_debug_level() -> None:
     line = TextFormatter().format(failed)
     assert "ValueError" in line
     assert "a prompt text" not in line
+
+
+def traced(error: BaseException, cause: BaseException, **allowed: bool) -> str:
+    """The line of an exception with a cause, at debug level."""
+    try:
+        raise error from cause
+    except BaseException as raised:
+        failed = record("step failed", exc_info=(type(raised), raised, raised.__traceback__))
+    return TextFormatter(has_traces=True, **allowed).format(failed)
+
+
+def test_a_whole_trace_tells_places_and_types_but_not_the_words_of_exceptions() -> None:
+    line = traced(ValueError("a prompt text"), KeyError("an answer"))
+    assert "in traced" in line
+    assert line.index("KeyError") < line.index("was the cause") < line.index("ValueError")
+    assert "prompt" not in line
+    assert "answer" not in line
+
+
+def test_a_group_is_told_with_what_is_in_it_and_without_its_words() -> None:
+    inner = RuntimeError("a prompt text")
+    inner.add_note("another one")
+    line = traced(ExceptionGroup("an answer", [inner]), ValueError())
+    assert "RuntimeError" in line
+    assert "a prompt text" not in line
+    assert "an answer" not in line
+    assert "another one" not in line
+
+
+def test_what_the_system_says_is_told_without_the_path() -> None:
+    line = traced(FileNotFoundError(2, "No such file or directory", "/a/prompt"), OSError())
+    assert "FileNotFoundError: No such file or directory" in line
+    assert "/a/prompt" not in line
+
+
+def test_log_content_shows_the_words() -> None:
+    line = traced(ValueError("a prompt text"), KeyError("an answer"), has_content=True)
+    assert "ValueError: a prompt text" in line
+    assert "an answer" in line
+
+
+@pytest.fixture
+def configured(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], None]]:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in OWN}
+    yield lambda chosen: configure_logging(chosen, "text")
+    root.handlers[:] = before
+    root.setLevel(level)
+    for name, own in levels.items():
+        logging.getLogger(name).setLevel(own)
+
+
+def test_other_libraries_say_nothing_at_debug_level(
+    configured: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    configured("debug")
+    logging.getLogger("some.library").debug("got %s", "a prompt text")
+    logging.getLogger("pronk.engine").debug("our own")
+    told = capfd.readouterr().err
+    assert "our own" in told
+    assert "a prompt text" not in told
+
+
+def test_a_line_that_cannot_be_made_is_told_without_its_arguments(
+    configured: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    configured("info")
+    logging.getLogger("pronk.api").error("%d tokens", "a prompt text")
+    told = capfd.readouterr().err
+    assert "could not be logged" in told
+    assert "a prompt text" not in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from service.errors import PronkError
+from service.redaction import Redacted
 
 PATH = "/v1/messages"
 OVERLOADED = 529  # HTTP has no such status; Anthropic's clients know it, and try again
@@ -20,12 +21,12 @@ TYPES = {
 }
 
 
-class AnthropicError(Struct):
+class AnthropicError(Redacted, Struct):
     type: str
     message: str
 
 
-class AnthropicEnvelope(Struct, tag_field="type", tag="error"):
+class AnthropicEnvelope(Redacted, Struct, tag_field="type", tag="error"):
     error: AnthropicError
     request_id: str
 

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from service.engine.messages import DEADLINE, Output, SamplingSettings, TokenLogprob
 from service.errors import EngineFailure, Overloaded
+from service.redaction import Redacted
 
 if TYPE_CHECKING:
     from service.registry import Generation
@@ -32,8 +33,8 @@ Submit = Callable[
 ]
 
 
-@dataclass(slots=True)
-class Beam:
+@dataclass(slots=True, repr=False)
+class Beam(Redacted):
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cumulative: float = 0.0

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from service.api.json_schemas import without_annotations
 from service.api.schemas.sampling import SamplingFields
 from service.errors import InvalidRequest
+from service.redaction import redacted
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 HEADER = {"no_forcing": True}  # any spelling of a text in tokens is right
@@ -34,6 +35,9 @@ class Constraint(NamedTuple):
     param: str
     grammar: str
 
+    def __repr__(self) -> str:
+        return redacted(self, ("param",))
+
 
 def read_constraint(fields: SamplingFields) -> Constraint | None:
     """The one a request names, if any. Raises ``InvalidRequest``, also for more than one."""
@@ -50,6 +54,9 @@ class _Source(NamedTuple):
     param: str
     value: Any
     read: Callable[[_Source], str]
+
+    def __repr__(self) -> str:
+        return redacted(self, ("param",))
 
     def refuse(self, reason: str) -> InvalidRequest:
         return InvalidRequest(f"{self.param}: {reason}", param=self.param)

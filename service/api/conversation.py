@@ -17,6 +17,7 @@ from service.api.server import Server
 from service.api.submission import Job, Prompt
 from service.api.tools import ToolPlan, read_plan
 from service.errors import InvalidRequest
+from service.redaction import Redacted
 from service.registry import ServedModel
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 TAIL = 32  # tokens; more than an opening mark and the blanks after it take
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+@dataclass(frozen=True, slots=True, repr=False)
+class Chat(Redacted):
     """A conversation ready for the engine, and how the text of each choice is read."""
 
     job: Job

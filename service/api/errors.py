@@ -29,6 +29,7 @@ from service.errors import (
     PronkError,
     RequestTooLarge,
 )
+from service.redaction import Redacted
 
 LONGEST_PARAM = 200  # characters of a path that are echoed
 MISSING = object()
@@ -39,7 +40,7 @@ MESSAGES = {  # where pydantic's own speak of Python
 }
 
 
-class ErrorBody(Struct):
+class ErrorBody(Redacted, Struct):
     """``code`` is a string or null, as OpenAI has it; the four keys are always there."""
 
     message: str
@@ -48,7 +49,7 @@ class ErrorBody(Struct):
     code: str | None
 
 
-class ErrorEnvelope(Struct):
+class ErrorEnvelope(Redacted, Struct):
     error: ErrorBody
 
 

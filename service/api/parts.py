@@ -14,12 +14,13 @@ from typing import Literal
 
 from service.api.reading import AnswerReader, CallDelta, Delta
 from service.api.text import Event, TokenNews
+from service.redaction import Redacted
 
 Kind = Literal["reasoning", "text", "call"]
 
 
-@dataclass(slots=True)
-class Part:
+@dataclass(slots=True, repr=False)
+class Part(Redacted):
     index: int
     kind: Kind
     call: CallDelta | None = None  # a call's first: its index, id and name
@@ -34,8 +35,8 @@ class Part:
         return "".join(self.pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+@dataclass(frozen=True, slots=True, repr=False)
+class Change(Redacted):
     what: Literal["opened", "grew", "closed"]
     part: Part
     text: str = ""  # what it gained

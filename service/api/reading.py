@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.redaction import Redacted
 
-@dataclass(slots=True)
-class CallDelta:
+
+@dataclass(slots=True, repr=False)
+class CallDelta(Redacted):
     """What one call gained. Its first one carries ``id`` and ``name``, the others arguments."""
 
     index: int  # which call of the choice
@@ -19,8 +21,8 @@ class CallDelta:
     is_broken: bool = False  # it turned out to be none; all its text is content
 
 
-@dataclass(slots=True)
-class Delta:
+@dataclass(slots=True, repr=False)
+class Delta(Redacted):
     """What a choice gained, told apart."""
 
     content: str = ""

@@ -38,7 +38,7 @@ class Server:
     keyring: Keyring
     key_metrics: KeyMetrics
     seeds: random.Random = field(default_factory=random.SystemRandom)
-    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     num_open: int = 0  # answers on their way, those between two rounds or waves included
     all_answered: asyncio.Event = field(default_factory=asyncio.Event)
     adapters_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change at a time

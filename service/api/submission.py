@@ -12,11 +12,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from service.api.beams import MAX_PATIENCE, search_beams
 from service.engine.messages import Output, SamplingSettings, Submit
 from service.errors import GrammarRefused, Overloaded
+from service.redaction import Redacted, redacted
 from service.registry import Engine, Generation, ServedAdapter, ServedModel
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 WAVE = 256  # sequences a request has in the engine at a time, one prompt's n at least
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+@dataclass(frozen=True, slots=True, repr=False)
+class Prompt(Redacted):
     """``echo`` is the text that opens each choice's answer: the prompt's, or nothing."""
 
     ids: list[int]
@@ -35,8 +36,8 @@ class Prompt:
     logprobs_from: int = 1  # the first token whose log-probability is wanted, where the job asks
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+@dataclass(frozen=True, slots=True, repr=False)
+class TextOptions(Redacted):
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
@@ -45,9 +46,11 @@ class TextOptions:
     echo_logprobs: bool = False  # the prompt's tokens stand before the answer's in logprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+@dataclass(frozen=True, slots=True, repr=False)
+class Job(Redacted):
     """One HTTP request, ready for the engine: validated, templated, tokenized."""
+
+    printed: ClassVar[tuple[str, ...]] = ("request_id",)
 
     model: ServedModel
     engine: Engine
@@ -171,6 +174,9 @@ class Arrival(NamedTuple):
     number: int
     generation: Generation
     output: Output
+
+    def __repr__(self) -> str:
+        return redacted(self, ("number",))
 
 
 @asynccontextmanager

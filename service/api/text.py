@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.engine.messages import Output, SamplingSettings, TokenLogprob
+from service.redaction import Redacted
 
 
 class Detokenizes(Protocol):
@@ -88,8 +89,8 @@ def _borders(word: str) -> list[int]:
     return borders
 
 
-@dataclass(slots=True)
-class TokenNews:
+@dataclass(slots=True, repr=False)
+class TokenNews(Redacted):
     """One token with its log-probabilities; ``offset`` is where its text begins in the answer."""
 
     token: int
@@ -97,8 +98,8 @@ class TokenNews:
     offset: int
 
 
-@dataclass(slots=True)
-class Event:
+@dataclass(slots=True, repr=False)
+class Event(Redacted):
     """What one choice of an answer gained. The last of a choice carries ``finish_reason``."""
 
     index: int  # prompt-major over prompts and n

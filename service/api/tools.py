@@ -14,14 +14,15 @@ from service.api.schemas.chat import ChatRequest
 from service.api.schemas.tools import AllowedChoice, NamedChoice, Tool
 from service.api.tool_schemas import calls_schema, parameters_of
 from service.errors import InvalidRequest
+from service.redaction import Redacted
 
 MAX_TOOLS_JSON = 256 * 1024  # characters
 ENDS = ("stop", "stop_token_ids", "include_stop_str_in_output")
 MAX_DEPTH = 64  # of nested JSON in one tool
 
 
-@dataclass(frozen=True, slots=True)
-class ToolPlan:
+@dataclass(frozen=True, slots=True, repr=False)
+class ToolPlan(Redacted):
     """``tools`` are those the model is told of and may call. ``choice``: none, auto, required, or
     the name of the one function it has to call (``is_named``)."""
 

@@ -18,17 +18,18 @@ from msgspec import Raw, Struct
 
 from service.batch.problem import BatchProblem
 from service.batch.requests import BatchRequest, Refused
+from service.redaction import Redacted
 
 OPENING = b'{"id":"batch_req_'  # of every record: what begins otherwise is somebody's other file
 
 
-class Response(Struct):
+class Response(Redacted, Struct):
     status_code: int
     request_id: str
     body: Raw
 
 
-class Failure(Struct):
+class Failure(Redacted, Struct):
     """Why a line has no response. ``line`` is its number in the input, from 1."""
 
     code: str
@@ -37,7 +38,7 @@ class Failure(Struct):
     line: int
 
 
-class Record(Struct):
+class Record(Redacted, Struct):
     id: str
     custom_id: str | None
     response: Response | None = None

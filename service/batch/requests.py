@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from service.batch.problem import BatchProblem
+from service.redaction import Redacted
 
 ROUTES = frozenset(
     {
@@ -30,8 +31,8 @@ ENVELOPE = 4096  # bytes a line may have beyond the body it carries
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRequest:
+@dataclass(frozen=True, slots=True, repr=False)
+class BatchRequest(Redacted):
     """``body`` is sent byte for byte as it stands in the line."""
 
     number: int  # of the line, from 1
@@ -40,8 +41,8 @@ class BatchRequest:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+@dataclass(frozen=True, slots=True, repr=False)
+class Refused(Redacted):
     """A line that is sent nowhere. ``custom_id`` is None where none could be read."""
 
     number: int
@@ -51,14 +52,14 @@ class Refused:
     param: str | None = None
 
 
-class _Line(Struct):
+class _Line(Redacted, Struct):
     custom_id: str
     method: str
     url: str
     body: Raw
 
 
-class _Named(Struct):
+class _Named(Redacted, Struct):
     custom_id: str
 
 

@@ -55,7 +55,7 @@ class BatchSettings:
     output: Path
     engine: Settings
     url: str | None = None
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     concurrency: int | None = None
     retry_failed: bool = False
 

@@ -33,7 +33,7 @@ class Target:
     """Where requests go. ``url`` is the server's root, with or without ``/v1``."""
 
     url: str
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     timeout: float = 600.0  # seconds for a whole answer
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from service.engine.capacity import Limits
 from service.engine.sequence import Choice, Sequence
 from service.engine.speculation import DRAFT
 from service.engine.step import Row, Step
+from service.redaction import Redacted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +39,8 @@ SamplingRowOf = Callable[[Row, Choice, int, list[int]], SamplingRow]
 SINGLES = 2  # tokens to catch up with that are laid out as rows of one token each
 
 
-@dataclass(slots=True)
-class _Pending:
+@dataclass(slots=True, repr=False)
+class _Pending(Redacted):
     """A row that is being drafted for; ``rows`` go into the next pass."""
 
     row: Row

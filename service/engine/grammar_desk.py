@@ -19,6 +19,7 @@ from model.grammar import Grammar, GrammarError, Vocabulary
 from service.engine.grammar_trial import GrammarTrial
 from service.engine.messages import Submit
 from service.errors import EngineFailure, GrammarRefused, Overloaded, PronkError
+from service.redaction import Redacted
 
 logger = logging.getLogger("pronk.engine")
 
@@ -30,8 +31,8 @@ PATIENCE = 5.0  # seconds a request waits for its turn
 Known = Grammar | PronkError
 
 
-@dataclass(slots=True)
-class Waiting:
+@dataclass(slots=True, repr=False)
+class Waiting(Redacted):
     front_end: int
     submit: Submit
     future: Future[Known]

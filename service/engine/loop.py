@@ -30,6 +30,7 @@ from service.engine.rates import StepRates
 from service.engine.scheduler import Deliveries, Scheduler
 from service.engine.step import Step, StepResult
 from service.errors import InvalidRequest, PronkError, Unavailable
+from service.redaction import Redacted
 
 logger = logging.getLogger("pronk.engine")
 
@@ -52,8 +53,8 @@ class Runner(Protocol[Launched]):
     def is_fatal(self, error: Exception) -> bool: ...
 
 
-@dataclass(slots=True)
-class Flight(Generic[Launched]):
+@dataclass(slots=True, repr=False)
+class Flight(Redacted, Generic[Launched]):
     """A step under way, or why it could not be launched."""
 
     step: Step

@@ -7,13 +7,17 @@ refuses what could never fit.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from msgspec import Struct
+
+from service.redaction import Redacted
 
 DEADLINE = "deadline"
 REFUSED = "refused"  # beside the reason "error": what was asked for cannot be done
 
 
-class SamplingSettings(Struct, frozen=True, omit_defaults=True):
+class SamplingSettings(Redacted, Struct, frozen=True, omit_defaults=True):
     """How one choice draws its tokens. Field meanings and bounds are the wire's (docs/wire)."""
 
     max_tokens: int = 16
@@ -40,9 +44,10 @@ class SamplingSettings(Struct, frozen=True, omit_defaults=True):
 # ---- HTTP process -> engine process ------------------------------------------------------------
 
 
-class Submit(Struct, frozen=True, tag="submit", omit_defaults=True):
+class Submit(Redacted, Struct, frozen=True, tag="submit", omit_defaults=True):
     """One prompt, ``len(settings)`` choices: computed once, forked at its first token."""
 
+    printed: ClassVar[tuple[str, ...]] = ("id", "request_id")
     id: int  # unique per connection
     prompt: list[int]
     settings: list[SamplingSettings]
@@ -69,13 +74,14 @@ class Cancel(Struct, frozen=True, tag="cancel", omit_defaults=True):
     choice: int | None = None
 
 
-class Control(Struct, frozen=True, tag="control", omit_defaults=True):
+class Control(Redacted, Struct, frozen=True, tag="control", omit_defaults=True):
     """``verb``: "drain" (refuse new work), "shutdown", "ping"; "load_adapter", "unload_adapter";
     "estimate" (what ``submits`` would take if they came now).
 
     Answered by a Reply, or Refused. An adapter is told by its name, a folder to load by its path.
     """
 
+    printed: ClassVar[tuple[str, ...]] = ("id", "verb")
     id: int
     verb: str
     adapter: str = ""
@@ -90,9 +96,10 @@ class Accepted(Struct, frozen=True, tag="accepted"):
     id: int
 
 
-class Refused(Struct, frozen=True, tag="refused", omit_defaults=True):
+class Refused(Redacted, Struct, frozen=True, tag="refused", omit_defaults=True):
     """Sent instead of ``Accepted`` or ``Reply``. ``kind`` names a class of ``service.errors``."""
 
+    printed: ClassVar[tuple[str, ...]] = ("id", "kind", "code")
     id: int
     kind: str
     message: str
@@ -101,7 +108,7 @@ class Refused(Struct, frozen=True, tag="refused", omit_defaults=True):
     retry_after: float | None = None
 
 
-class TokenLogprob(Struct, frozen=True, array_like=True):
+class TokenLogprob(Redacted, Struct, frozen=True, array_like=True):
     """Raw log-probabilities (before bias, penalties and temperature), natural log."""
 
     logprob: float
@@ -110,9 +117,10 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class Output(Struct, frozen=True, tag="output", omit_defaults=True):
+class Output(Redacted, Struct, frozen=True, tag="output", omit_defaults=True):
     """What one choice gained in one step. The last one of a choice carries ``finish_reason``."""
 
+    printed: ClassVar[tuple[str, ...]] = ("id", "choice", "finish_reason")
     id: int
     choice: int
     tokens: list[int]
@@ -129,9 +137,10 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     pooled: bytes | None = None  # float32, little-endian: what ``pooling`` asked for
 
 
-class Outputs(Struct, frozen=True, tag="outputs"):
+class Outputs(Redacted, Struct, frozen=True, tag="outputs"):
     """Everything one step produced: one message a step, never one a token."""
 
+    printed: ClassVar[tuple[str, ...]] = ("step",)
     step: int
     num_scheduled_tokens: int
     step_time: float  # seconds

@@ -42,4 +42,5 @@ class EngineOptions(Struct, frozen=True):
     skip_bad_adapters: bool = False  # a restart: serve without what can no longer be read
     log_level: str = "info"
     log_format: str = "text"
+    log_content: bool = False  # exceptions' own words may be logged
     parent: int | None = None  # process id to die with

@@ -33,6 +33,7 @@ from service.engine.drafting import Drafter
 from service.engine.messages import SamplingSettings, TokenLogprob
 from service.engine.sequence import Choice, Sequence, Status
 from service.engine.step import Draw, Row, RowResult, Step, StepResult, agreed
+from service.redaction import Redacted
 
 if TYPE_CHECKING:
     from model.cuda_graphs import DecodeGraphs
@@ -42,8 +43,8 @@ NOT_FINITE = "the model's logits are not finite"
 HEAD_SLICE = 256  # prompt tokens whose logits exist at a time: 128 MB of a vocabulary of 128k
 
 
-@dataclass(slots=True)
-class Launched:
+@dataclass(slots=True, repr=False)
+class Launched(Redacted):
     """A step on its way. With prompt chunks the last residual stream is kept, [T, hidden]."""
 
     step: Step
@@ -63,8 +64,8 @@ class Launched:
         return [places[first] if row.choices else None for row, first in rows]
 
 
-@dataclass(slots=True)
-class KeptChoice:
+@dataclass(slots=True, repr=False)
+class KeptChoice(Redacted):
     """What one choice's draws have in common from step to step."""
 
     sequence: Sequence

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.prefix import GRAIN, PrefixChain, chain_root
+from service.redaction import Redacted, redacted
 
 if TYPE_CHECKING:
     from model.grammar import Grammar
@@ -27,8 +28,8 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+@dataclass(frozen=True, slots=True, repr=False)
+class Choice(Redacted):
     index: int  # as the client counts
     settings: SamplingSettings
 
@@ -43,11 +44,17 @@ class Draw(NamedTuple):
     logprob: TokenLogprob | None = None  # when the choice's settings ask for it
     completes: bool = False
 
+    def __repr__(self) -> str:
+        return redacted(self)
+
 
 class Ending(NamedTuple):
     finish_reason: str
     stop_reason: int | str | None = None
     error: str | None = None
+
+    def __repr__(self) -> str:
+        return redacted(self, ("finish_reason",))
 
 
 class Tally(NamedTuple):
@@ -164,8 +171,8 @@ class Request:
         }
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
+@dataclass(slots=True, eq=False, repr=False)
+class Sequence(Redacted):
     request: Request
     choices: tuple[Choice, ...]  # more than one until it forks
     tokens: list[int]  # prompt and output

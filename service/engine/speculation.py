@@ -23,6 +23,7 @@ from service.engine.lookup import PromptLookup
 from service.engine.paging import Paging
 from service.engine.sequence import Sequence
 from service.engine.step import Row, Step
+from service.redaction import redacted
 
 NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 BELIEF, DOUBT = 0.7, 2.0  # of one who was never tried: rate of acceptance, in so many trials
@@ -81,6 +82,9 @@ class Wish(NamedTuple):
     speculation: Speculation
     most: int
     tokens: list[int]  # proposed already by prompt lookup; the draft model's come in the step
+
+    def __repr__(self) -> str:
+        return redacted(self)
 
 
 class Speculator:

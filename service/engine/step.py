@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 
 from service.engine.messages import TokenLogprob
 from service.engine.sequence import Choice, Draw, Sequence
+from service.redaction import Redacted
 
 __all__ = ["Draw", "Row", "RowResult", "Step", "StepResult", "agreed", "make_row"]
 
 UNKNOWN = 0  # stands for a token that only the device knows
 
 
-@dataclass(slots=True)
-class Row:
+@dataclass(slots=True, repr=False)
+class Row(Redacted):
     """Computes ``sequence.tokens[start:start + count]``.
 
     ``num_logits`` counts the last tokens of the row whose logits are wanted. The first
@@ -95,8 +96,8 @@ class Row:
         self.sequence.num_promised -= self.is_promise
 
 
-@dataclass(slots=True)
-class Step:
+@dataclass(slots=True, repr=False)
+class Step(Redacted):
     """Rows of one token come first; among them, and after them, those without an adapter, then
     slot by slot. ``fills`` (slot, version) are adapters to be put there before the forward.
 
@@ -120,8 +121,8 @@ class Step:
         self.rows.sort(key=_place)  # stable: otherwise the order of the line
 
 
-@dataclass(slots=True)
-class RowResult:
+@dataclass(slots=True, repr=False)
+class RowResult(Redacted):
     """``draws`` parallel to ``row.choices``, ``prompt_logprobs`` to ``row.targets``.
 
     Of a row with proposals ``draws`` are those of its one choice that count (``agreed``); none at
@@ -138,8 +139,8 @@ class RowResult:
     pooled: bytes | None = None  # with the row that ends a prompt whose states are pooled
 
 
-@dataclass(slots=True)
-class StepResult:
+@dataclass(slots=True, repr=False)
+class StepResult(Redacted):
     """``has_run`` is False where nothing is known of what the step did to pages and host slots."""
 
     rows: list[RowResult]

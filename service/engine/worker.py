@@ -27,6 +27,7 @@ import msgspec
 
 from model.grammar import Vocabulary
 from model.tokenizer import load_tokenizer
+from service.crashes import forbid_core_dumps, log_uncaught
 from service.engine.adapter_desk import AdapterDesk
 from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
@@ -65,10 +66,12 @@ def main() -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
+    forbid_core_dumps()
     options = read_options()
     if options.cpus:
         hold(options.cpus)  # before any thread is started
-    configure_logging(options.log_level, options.log_format)
+    configure_logging(options.log_level, options.log_format, has_content=options.log_content)
+    log_uncaught()
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(
         logging.WARNING if options.log_level == "debug" else logging.ERROR

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from service.redaction import Redacted
+
 
 class PromptTokensDetails(Struct):
     cached_tokens: int = 0
@@ -23,7 +25,7 @@ class Usage(Struct):
     completion_tokens_details: CompletionTokensDetails
 
 
-class PromptLogprob(Struct):
+class PromptLogprob(Redacted, Struct):
     logprob: float
     rank: int
     decoded_token: str

@@ -10,6 +10,7 @@ from pydantic import Field
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.sampling import INT64, Fields, Logprobs, SamplingFields
 from service.api.schemas.tools import ToolChoice, Tools
+from service.redaction import Redacted
 
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
@@ -103,36 +104,36 @@ class ChatRequest(SamplingFields, TemplateFields):
     function_call: Any = None
 
 
-class TopLogprob(Struct):
+class TopLogprob(Redacted, Struct):
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class ChatTokenLogprob(Struct):
+class ChatTokenLogprob(Redacted, Struct):
     token: str
     logprob: float
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Struct):
+class ChatLogprobs(Redacted, Struct):
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
-class AnsweredFunction(Struct):
+class AnsweredFunction(Redacted, Struct):
     name: str
     arguments: str  # JSON
 
 
-class AnsweredCall(Struct):
+class AnsweredCall(Redacted, Struct):
     id: str
     function: AnsweredFunction
     type: Literal["function"] = "function"
 
 
-class ChatMessage(Struct):
+class ChatMessage(Redacted, Struct):
     """``content`` is null where calls are all there is."""
 
     content: str | None
@@ -145,7 +146,7 @@ class ChatMessage(Struct):
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
-class ChatChoice(Struct):
+class ChatChoice(Redacted, Struct):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
@@ -154,7 +155,7 @@ class ChatChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletion(Struct, kw_only=True):
+class ChatCompletion(Redacted, Struct, kw_only=True):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -167,12 +168,12 @@ class ChatCompletion(Struct, kw_only=True):
     service_tier: str | UnsetType = UNSET  # where the request had one: the one there is
 
 
-class FunctionChunk(Struct):
+class FunctionChunk(Redacted, Struct):
     arguments: str = ""  # more of the JSON text
     name: str | UnsetType = UNSET
 
 
-class ToolCallChunk(Struct):
+class ToolCallChunk(Redacted, Struct):
     """A call's first chunk carries its id, type and name."""
 
     index: int
@@ -181,14 +182,14 @@ class ToolCallChunk(Struct):
     type: Literal["function"] | UnsetType = UNSET
 
 
-class ChatDelta(Struct):
+class ChatDelta(Redacted, Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallChunk] | UnsetType = UNSET
 
 
-class ChatChunkChoice(Struct):
+class ChatChunkChoice(Redacted, Struct):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
@@ -197,7 +198,7 @@ class ChatChunkChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(Struct, kw_only=True):
+class ChatChunk(Redacted, Struct, kw_only=True):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from service.api.schemas.answers import PromptLogprobs, Usage
 from service.api.schemas.sampling import Logprobs, SamplingFields
+from service.redaction import Redacted
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -55,7 +56,7 @@ class CompletionRequest(SamplingFields):
     parse_special_tokens: bool | None = None
 
 
-class CompletionLogprobs(Struct):
+class CompletionLogprobs(Redacted, Struct):
     """Parallel lists, as OpenAI's legacy answer has them; offsets are characters of the text."""
 
     text_offset: list[int]
@@ -64,7 +65,7 @@ class CompletionLogprobs(Struct):
     top_logprobs: list[dict[str, float] | None]
 
 
-class CompletionChoice(Struct):
+class CompletionChoice(Redacted, Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -75,7 +76,7 @@ class CompletionChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class Completion(Struct, kw_only=True):
+class Completion(Redacted, Struct, kw_only=True):
     """Also a stream's chunk: ``usage`` is then absent, null or running, as the options ask."""
 
     id: str

@@ -9,6 +9,7 @@ from pydantic import Field, Tag
 
 from service.api.schemas.sampling import INT64, Fields, StopString
 from service.api.schemas.translated import OwnFields, by_type
+from service.redaction import Redacted
 
 TEXT_ONLY = "should be a block of type text: this server reads text alone"
 USER_BLOCKS = "should be a block of type text or tool_result: this server reads text alone"
@@ -148,18 +149,18 @@ class MessagesRequest(ConversationFields):
     service_tier: Literal["auto", "standard_only"] | None = None
 
 
-class TextOut(Struct, tag_field="type", tag="text"):
+class TextOut(Redacted, Struct, tag_field="type", tag="text"):
     text: str
 
 
-class ThinkingOut(Struct, tag_field="type", tag="thinking"):
+class ThinkingOut(Redacted, Struct, tag_field="type", tag="thinking"):
     """Nothing is signed here."""
 
     thinking: str
     signature: str = ""
 
 
-class ToolUseOut(Struct, tag_field="type", tag="tool_use"):
+class ToolUseOut(Redacted, Struct, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
@@ -185,7 +186,7 @@ class MessageUsage(Struct):
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
 
 
-class MessageAnswer(Struct, tag_field="type", tag="message"):
+class MessageAnswer(Redacted, Struct, tag_field="type", tag="message"):
     id: str
     model: str
     content: list[Block]
@@ -199,28 +200,28 @@ class TokenCount(Struct):
     input_tokens: int
 
 
-class MessageStart(Struct, tag_field="type", tag="message_start"):
+class MessageStart(Redacted, Struct, tag_field="type", tag="message_start"):
     message: MessageAnswer
 
 
-class BlockStart(Struct, tag_field="type", tag="content_block_start"):
+class BlockStart(Redacted, Struct, tag_field="type", tag="content_block_start"):
     index: int
     content_block: Block
 
 
-class TextGain(Struct, tag_field="type", tag="text_delta"):
+class TextGain(Redacted, Struct, tag_field="type", tag="text_delta"):
     text: str
 
 
-class ThinkingGain(Struct, tag_field="type", tag="thinking_delta"):
+class ThinkingGain(Redacted, Struct, tag_field="type", tag="thinking_delta"):
     thinking: str
 
 
-class InputGain(Struct, tag_field="type", tag="input_json_delta"):
+class InputGain(Redacted, Struct, tag_field="type", tag="input_json_delta"):
     partial_json: str
 
 
-class BlockDelta(Struct, tag_field="type", tag="content_block_delta"):
+class BlockDelta(Redacted, Struct, tag_field="type", tag="content_block_delta"):
     index: int
     delta: TextGain | ThinkingGain | InputGain
 
@@ -229,12 +230,12 @@ class BlockStop(Struct, tag_field="type", tag="content_block_stop"):
     index: int
 
 
-class StopDelta(Struct):
+class StopDelta(Redacted, Struct):
     stop_reason: StopReason
     stop_sequence: str | None
 
 
-class MessageDelta(Struct, tag_field="type", tag="message_delta"):
+class MessageDelta(Redacted, Struct, tag_field="type", tag="message_delta"):
     delta: StopDelta
     usage: MessageUsage
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from service.api.schemas.completions import Prompts
 from service.api.schemas.sampling import INT64, Fields
+from service.redaction import Redacted
 
 TEXTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 
@@ -89,7 +90,7 @@ class TextUsage(Struct):
     total_tokens: int
 
 
-class Embedding(Struct):
+class Embedding(Redacted, Struct):
     """``embedding`` is a list of numbers, or float32 in little-endian order as base64."""
 
     index: int
@@ -97,20 +98,20 @@ class Embedding(Struct):
     object: Literal["embedding"] = "embedding"
 
 
-class EmbeddingList(Struct, kw_only=True):
+class EmbeddingList(Redacted, Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
     usage: TextUsage
 
 
-class Score(Struct):
+class Score(Redacted, Struct):
     index: int
     score: float
     object: Literal["score"] = "score"
 
 
-class ScoreList(Struct, kw_only=True):
+class ScoreList(Redacted, Struct, kw_only=True):
     id: str
     object: Literal["list"] = "list"
     created: int
@@ -119,17 +120,17 @@ class ScoreList(Struct, kw_only=True):
     usage: TextUsage
 
 
-class RankedDocument(Struct):
+class RankedDocument(Redacted, Struct):
     text: str
 
 
-class Ranked(Struct):
+class Ranked(Redacted, Struct):
     index: int
     relevance_score: float
     document: RankedDocument | UnsetType = UNSET
 
 
-class Ranking(Struct, kw_only=True):
+class Ranking(Redacted, Struct, kw_only=True):
     id: str
     model: str
     results: list[Ranked]

@@ -7,28 +7,29 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from service.api.schemas.chat import ChatTokenLogprob
+from service.redaction import Redacted
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class OutputText(Struct, tag_field="type", tag="output_text"):
+class OutputText(Redacted, Struct, tag_field="type", tag="output_text"):
     text: str = ""
     annotations: list[Any] = []
     logprobs: list[ChatTokenLogprob] = []
 
 
-class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
+class ReasoningText(Redacted, Struct, tag_field="type", tag="reasoning_text"):
     text: str = ""
 
 
-class OutputMessage(Struct, tag_field="type", tag="message"):
+class OutputMessage(Redacted, Struct, tag_field="type", tag="message"):
     id: str
     status: Status
     content: list[OutputText]
     role: Literal["assistant"] = "assistant"
 
 
-class ReasoningItem(Struct, tag_field="type", tag="reasoning"):
+class ReasoningItem(Redacted, Struct, tag_field="type", tag="reasoning"):
     id: str
     status: Status
     content: list[ReasoningText]
@@ -36,7 +37,7 @@ class ReasoningItem(Struct, tag_field="type", tag="reasoning"):
     encrypted_content: None = None
 
 
-class FunctionCall(Struct, tag_field="type", tag="function_call"):
+class FunctionCall(Redacted, Struct, tag_field="type", tag="function_call"):
     id: str
     status: Status
     call_id: str
@@ -70,12 +71,12 @@ class IncompleteDetails(Struct):
     reason: Literal["max_output_tokens", "content_filter"]
 
 
-class ResponseError(Struct):
+class ResponseError(Redacted, Struct):
     code: str
     message: str
 
 
-class ModelResponse(Struct, kw_only=True):
+class ModelResponse(Redacted, Struct, kw_only=True):
     """The request's settings are told as they counted."""
 
     id: str
@@ -115,51 +116,51 @@ class InputTokens(Struct):
     object: Literal["response.input_tokens"] = "response.input_tokens"
 
 
-class ResponseCreated(Struct, tag_field="type", tag="response.created"):
+class ResponseCreated(Redacted, Struct, tag_field="type", tag="response.created"):
     sequence_number: int
     response: ModelResponse
 
 
-class ResponseInProgress(Struct, tag_field="type", tag="response.in_progress"):
+class ResponseInProgress(Redacted, Struct, tag_field="type", tag="response.in_progress"):
     sequence_number: int
     response: ModelResponse
 
 
-class ResponseCompleted(Struct, tag_field="type", tag="response.completed"):
+class ResponseCompleted(Redacted, Struct, tag_field="type", tag="response.completed"):
     sequence_number: int
     response: ModelResponse
 
 
-class ResponseIncomplete(Struct, tag_field="type", tag="response.incomplete"):
+class ResponseIncomplete(Redacted, Struct, tag_field="type", tag="response.incomplete"):
     sequence_number: int
     response: ModelResponse
 
 
-class ResponseFailed(Struct, tag_field="type", tag="response.failed"):
+class ResponseFailed(Redacted, Struct, tag_field="type", tag="response.failed"):
     sequence_number: int
     response: ModelResponse
 
 
-class ErrorEvent(Struct, tag_field="type", tag="error"):
+class ErrorEvent(Redacted, Struct, tag_field="type", tag="error"):
     sequence_number: int
     code: str | None
     message: str
     param: str | None
 
 
-class ItemAdded(Struct, tag_field="type", tag="response.output_item.added"):
+class ItemAdded(Redacted, Struct, tag_field="type", tag="response.output_item.added"):
     sequence_number: int
     output_index: int
     item: Item
 
 
-class ItemDone(Struct, tag_field="type", tag="response.output_item.done"):
+class ItemDone(Redacted, Struct, tag_field="type", tag="response.output_item.done"):
     sequence_number: int
     output_index: int
     item: Item
 
 
-class PartAdded(Struct, tag_field="type", tag="response.content_part.added"):
+class PartAdded(Redacted, Struct, tag_field="type", tag="response.content_part.added"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -167,7 +168,7 @@ class PartAdded(Struct, tag_field="type", tag="response.content_part.added"):
     content_index: int = 0
 
 
-class PartDone(Struct, tag_field="type", tag="response.content_part.done"):
+class PartDone(Redacted, Struct, tag_field="type", tag="response.content_part.done"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -175,7 +176,7 @@ class PartDone(Struct, tag_field="type", tag="response.content_part.done"):
     content_index: int = 0
 
 
-class TextDelta(Struct, tag_field="type", tag="response.output_text.delta"):
+class TextDelta(Redacted, Struct, tag_field="type", tag="response.output_text.delta"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -184,7 +185,7 @@ class TextDelta(Struct, tag_field="type", tag="response.output_text.delta"):
     content_index: int = 0
 
 
-class TextDone(Struct, tag_field="type", tag="response.output_text.done"):
+class TextDone(Redacted, Struct, tag_field="type", tag="response.output_text.done"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -193,7 +194,7 @@ class TextDone(Struct, tag_field="type", tag="response.output_text.done"):
     content_index: int = 0
 
 
-class ReasoningDelta(Struct, tag_field="type", tag="response.reasoning_text.delta"):
+class ReasoningDelta(Redacted, Struct, tag_field="type", tag="response.reasoning_text.delta"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -201,7 +202,7 @@ class ReasoningDelta(Struct, tag_field="type", tag="response.reasoning_text.delt
     content_index: int = 0
 
 
-class ReasoningDone(Struct, tag_field="type", tag="response.reasoning_text.done"):
+class ReasoningDone(Redacted, Struct, tag_field="type", tag="response.reasoning_text.done"):
     sequence_number: int
     item_id: str
     output_index: int
@@ -209,14 +210,18 @@ class ReasoningDone(Struct, tag_field="type", tag="response.reasoning_text.done"
     content_index: int = 0
 
 
-class ArgumentsDelta(Struct, tag_field="type", tag="response.function_call_arguments.delta"):
+class ArgumentsDelta(
+    Redacted, Struct, tag_field="type", tag="response.function_call_arguments.delta"
+):
     sequence_number: int
     item_id: str
     output_index: int
     delta: str
 
 
-class ArgumentsDone(Struct, tag_field="type", tag="response.function_call_arguments.done"):
+class ArgumentsDone(
+    Redacted, Struct, tag_field="type", tag="response.function_call_arguments.done"
+):
     sequence_number: int
     item_id: str
     output_index: int

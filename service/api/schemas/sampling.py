@@ -10,16 +10,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from service.redaction import Redacted
+
 INT64 = 1 << 63
 MAX_STOP_LENGTH = 4096  # characters
 MAX_BAD_WORD_LENGTH = 256  # characters; each word is tokenized twice
 
 
-class Fields(BaseModel):
+class Fields(Redacted, BaseModel):
     """Strict types; unknown fields are kept aside, so that they can be named in the answer."""
 
     model_config = ConfigDict(
-        extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="allow",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
 

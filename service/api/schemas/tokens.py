@@ -9,6 +9,7 @@ from pydantic import Field
 
 from service.api.schemas.chat import Message, TemplateFields
 from service.api.schemas.sampling import Fields, TokenIds
+from service.redaction import Redacted
 
 
 class TokenizeRequest(TemplateFields):
@@ -29,12 +30,12 @@ class DetokenizeRequest(Fields):
     strict: bool | None = None
 
 
-class Tokenized(Struct):
+class Tokenized(Redacted, Struct):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | UnsetType = UNSET
 
 
-class Detokenized(Struct):
+class Detokenized(Redacted, Struct):
     prompt: str
