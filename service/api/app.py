@@ -26,6 +26,7 @@ from service.api import (
 )
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
+from service.api.gate import Gate
 from service.api.middleware import PUBLIC_PATHS, Authentication, BodyBounds, Edge
 from service.api.openapi import describe
 from service.api.server import Server, server_of
@@ -65,21 +66,27 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
         redirect_slashes=False,
     )
     metrics = Metrics(registry)
-    Server(settings, registry, metrics, app.state)
+    gate = Gate(registry, settings.max_queued_requests)
+    Server(settings, registry, metrics, app.state, gate)
     for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
-    _add_middlewares(app, settings, metrics)
+    _add_middlewares(app, settings, metrics, gate)
     _describe_lazily(app)
     return app
 
 
-def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics, gate: Gate) -> None:
     """The last one added is the outermost: edge, CORS, keys, body."""
     keys = [key.get_secret_value() for key in settings.api_key]
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
-    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+    app.add_middleware(
+        BodyBounds,
+        max_bytes=settings.max_body_bytes,
+        max_held=settings.max_body_memory,
+        timeout=settings.body_timeout,
+    )
     app.add_middleware(Authentication, keys=keys, public=public)
     if settings.allowed_origins:
         app.add_middleware(
@@ -89,7 +96,7 @@ def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, metrics=metrics, gate=gate)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
