@@ -1,8 +1,8 @@
 """Load shedding: ``python -m tests.benchmarks.overload [--plot FILE.svg]``. About two minutes.
 
 A real server with a small queue, and requests that arrive (Poisson) at a quarter to twenty times
-the rate it sustains, whether or not those before are answered. Engine on one thread; the HTTP process
-and this generator share what is left of the machine. What is printed: tokens a second of requests
+the rate it sustains, whether or not those before are answered. The engine has one thread, the HTTP
+process and this generator the other core. What is printed: tokens a second of requests
 that were answered whole, times of those let in (from when they were due), of refusals and of
 /livez, memory. Then a burst of five times what it takes at once, all of whom come again when they
 are told to.
