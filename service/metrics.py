@@ -35,7 +35,7 @@ WHOLE = [
 STEP_TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 HTTP_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
-REJECTIONS = ("queue_full", "loading", "draining", "engine_restarting")
+REJECTIONS = ("queue_full", "bodies_full", "loading", "draining", "engine_restarting")
 OUTCOMES = ("finished", "failed", "cancelled", "rejected")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 

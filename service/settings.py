@@ -237,6 +237,17 @@ class Settings(BaseSettings):
     )
     max_queued_tokens: int = Field(1_000_000, ge=1, description="Prompt tokens that may wait")
     max_body_bytes: int = Field(8 * MIB, ge=1024, description="Largest request body; past it: 413")
+    max_body_memory: int = Field(
+        256 * MIB,
+        ge=1024,
+        description="Bytes of bodies of all requests being answered; past it: 429 with Retry-After",
+    )
+    max_request_tokens: int = Field(
+        1 << 20,
+        ge=1,
+        description="Tokens a request may ask for: prompts x n x max_tokens x (1 + logprobs); "
+        "one choice of the whole context always may",
+    )
     max_n: int = Field(128, ge=1, description="Largest n of a request")
     max_prompts: int = Field(2048, ge=1, description="Most prompts in one request")
     max_stop: int = Field(4, ge=1, description="Most stop strings in a request")

@@ -27,6 +27,7 @@ from service.api import (
 from service.api.authentication import PUBLIC_PATHS, Authentication
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
+from service.api.gate import Gate
 from service.api.middleware import BodyBounds, Edge
 from service.api.openapi import describe
 from service.api.server import Server, server_of
@@ -71,8 +72,9 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
     )
     metrics = Metrics(registry)
     keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
+    gate = Gate(registry, settings.max_queued_requests)
     server = Server(
-        settings, registry, metrics, app.state, keyring, KeyMetrics(metrics.registry, keyring)
+        settings, registry, metrics, app.state, keyring, KeyMetrics(metrics.registry, keyring), gate
     )
     for part in ROUTED:
         app.include_router(part.router)
@@ -87,7 +89,12 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
     """The last one added is the outermost: edge, CORS, keys, body."""
     settings = server.settings
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
-    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+    app.add_middleware(
+        BodyBounds,
+        max_bytes=settings.max_body_bytes,
+        max_held=settings.max_body_memory,
+        timeout=settings.body_timeout,
+    )
     app.add_middleware(
         Authentication, keyring=server.keyring, metrics=server.key_metrics, public=public
     )
@@ -99,7 +106,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
-    app.add_middleware(Edge, metrics=server.metrics)
+    app.add_middleware(Edge, metrics=server.metrics, gate=server.gate)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from service.api.errors import invalid
+from service.api.exchange import exchange_of
+from service.api.server import server_of
 from service.errors import InvalidRequest, UnsupportedMediaType
 
 OFF_LOOP_BYTES = 1 << 18  # parsing and validating more than this would hold every stream up
@@ -18,9 +20,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[Model]) -> Model:
-    """Raises ``UnsupportedMediaType``, ``RequestTooLarge`` or ``InvalidRequest``."""
+    """Raises ``UnsupportedMediaType``, ``RequestTooLarge``, ``Overloaded``, ``InvalidRequest``."""
     require_json(request.headers.get("content-type"))
-    body = await request.body()
+    body = b"".join([piece async for piece in request.stream()])  # which keeps no copy
+    server_of(request).gate.enter(exchange_of(request.scope))
     if len(body) > OFF_LOOP_BYTES:
         return await asyncio.to_thread(parse, body, model)
     return parse(body, model)

@@ -56,6 +56,7 @@ async def prepare(
         max_tokens=fields.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         prompt_param="prompt",
+        num_prompts=len(fields.prompt),
     )
     prompts = await read_prompts(fields, model, sampling)
     job = make_job(

@@ -39,6 +39,7 @@ class Exchange:
     arrival: float = field(default_factory=time.monotonic)
     caller: Caller = NOBODY
     is_generation: bool = False  # counted in received = finished + failed + cancelled + rejected
+    is_entering: bool = False  # its body is here, and no engine has taken it yet
     outcome: Outcome | None = None
     status: int | None = None
 

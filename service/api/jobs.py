@@ -40,6 +40,7 @@ def make_sampling(
     default_max_tokens: int | None,
     prompt_param: str,
     budget_param: str = "max_tokens",
+    num_prompts: int = 1,
 ) -> Sampling:
     if logprobs is None and num_choices(fields) > (fields.n or 1):
         logprobs = 0  # what they are ranked by; the answer does not show it
@@ -53,6 +54,8 @@ def make_sampling(
         budget_param=budget_param,
         seeds=server.seeds,
         speculation=speculation(fields, server.settings),
+        num_prompts=num_prompts,
+        max_request_tokens=server.settings.max_request_tokens,
     )
 
 
@@ -84,6 +87,7 @@ def make_job(
             "use_beam_search: cannot be used with structured output", param="use_beam_search"
         )
     wanted = [count for count in (fields.prompt_logprobs, echo_logprobs) if count is not None]
+    _check_prompt_logprobs(prompts, max(wanted, default=None), server.settings.max_request_tokens)
     adapter = server.models.find(fields.model, exchange.caller.models)[1]
     skip_special = fields.skip_special_tokens is not False
     return Job(
@@ -116,6 +120,20 @@ def make_job(
         shown=(fields.n or 1) if num_choices(fields) > (fields.n or 1) else None,
         length_penalty=_length_penalty(fields),
     )
+
+
+def _check_prompt_logprobs(prompts: Sequence[Prompt], alternatives: int | None, most: int) -> None:
+    """Raises ``InvalidRequest`` for more of them than one answer may hold."""
+    num_shown = sum(len(prompt.ids) * len(prompt.settings) for prompt in prompts)
+    if alternatives is None or num_shown == len(prompts[0].ids):
+        return
+    asked = num_shown * (1 + alternatives)
+    if asked > most:
+        raise InvalidRequest(
+            f"prompt: the log-probabilities of all its tokens are {asked} numbers, and this server "
+            f"gives {most} in one answer. Send fewer prompts at a time.",
+            param="prompt",
+        )
 
 
 def _length_penalty(fields: SamplingFields) -> float | None:

@@ -15,20 +15,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.anthropic_errors import speaks_anthropic
 from service.api.errors import RequestTimeout, error_response, internal_error
 from service.api.exchange import KEY, Exchange, request_id, route_path
-from service.errors import RequestTooLarge
+from service.api.gate import Gate
+from service.errors import Overloaded, RequestTooLarge
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
 
+BODIES_RETRY = 2.0  # seconds: answers end, and with them go the bodies they came from
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
 class Edge:
     """Outermost: names the exchange, counts it, and turns what nobody caught into a 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, gate: Gate) -> None:
         self.app = app
         self.metrics = metrics
+        self.gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +59,7 @@ class Edge:
                 raise
             await error_response(internal_error(), scope)(scope, receive, stamped)
         finally:
+            self.gate.leave(exchange)
             self.metrics.close_exchange(exchange, scope["method"], _handler(scope))
 
 
@@ -67,13 +71,17 @@ def _handler(scope: Scope) -> str:
 class BodyBounds:
     """Refuses a body that is too large, while it streams in, and a client that never sends it.
 
-    Starlette has a limiter of its own, but it answers in plain text, and in place of a 401.
+    What all requests being answered have brought is bounded, too: each byte counts from when it is
+    here until its answer has ended, because what a body became lives as long. Starlette has a
+    limiter of its own, but it answers in plain text, and in place of a 401.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held: int, timeout: float) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_held = max_held
         self.timeout = timeout
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
@@ -95,17 +103,32 @@ class BodyBounds:
                 raise RequestTimeout(
                     f"No part of the body came for {self.timeout:g} seconds."
                 ) from None
-            size += len(message.get("body", b""))
+            came = len(message.get("body", b""))
+            size += came
+            self.held += came
             complete = not message.get("more_body", False)
             if size > self.max_bytes:
                 raise self._too_large()
+            if self.held > self.max_held:
+                raise self._too_many()
             return message
 
-        await self.app(scope, bounded, send)
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self.held -= size
 
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(
             f"The body is larger than this server takes: {self.max_bytes} bytes."
+        )
+
+    def _too_many(self) -> Overloaded:
+        return Overloaded(
+            "The bodies of the requests being answered fill the memory for them: "
+            f"{self.max_held} bytes. Try again after the time in Retry-After.",
+            code="bodies_full",
+            retry_after=BODIES_RETRY,
         )
 
 

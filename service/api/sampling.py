@@ -107,6 +107,31 @@ def num_choices(fields: SamplingFields) -> int:
     return fields.best_of or fields.n or 1
 
 
+def choice_share(
+    num_choices: int, logprobs: int | None, stated: int | None, param: str, most: int
+) -> int | None:
+    """Tokens each choice may have, so that all together, with the alternatives shown for each, are
+    at most ``most``; None is no bound: a lone choice has the context's.
+
+    Raises ``InvalidRequest`` where more is stated: before a prompt is looked at, because the
+    choices themselves take memory.
+    """
+    if num_choices == 1:
+        return None
+    weight = num_choices * (1 + (logprobs or 0))
+    share = most // weight
+    asked = 1 if stated is None else stated
+    if asked <= share:
+        return share
+    alternatives = f", with logprobs {asked * weight}," if logprobs else ""
+    remedy = f"{param} of at most {share}, or fewer choices" if share else "fewer choices"
+    raise _bound(
+        param,
+        f"{num_choices} choices of {asked} tokens are {asked * num_choices}{alternatives} and this "
+        f"server takes {most} in one request. Send {remedy}.",
+    )
+
+
 def _bound(param: str, message: str) -> InvalidRequest:
     return InvalidRequest(f"{param}: {message}", param=param)
 
@@ -133,6 +158,8 @@ class Sampling:
         budget_param: str,
         seeds: random.Random,
         speculation: tuple[str, int] = ("none", 0),
+        num_prompts: int = 1,
+        max_request_tokens: int = 1 << 20,
     ) -> None:
         self.n = num_choices(fields)
         self.context = model.context
@@ -142,6 +169,9 @@ class Sampling:
         self._seed = fields.seed
         self._seeds = seeds
         self._params = prompt_param, budget_param  # the fields errors name
+        self._share = choice_share(
+            self.n * num_prompts, logprobs, max_tokens, budget_param, max_request_tokens
+        )
         self._model = model
         self._speculation = speculation
         self._base = self._read(fields, logprobs)
@@ -195,7 +225,8 @@ class Sampling:
         stated = self._max_tokens
         if (stated is not None and stated > room) or (room < 1 and stated != 0):
             raise self._too_long(num_prompt)
-        budget = min(room, self._default or room) if stated is None else stated
+        default = min(room, self._default or room, self._share or room)
+        budget = default if stated is None else stated
         if self._min_tokens > budget:
             raise _bound("min_tokens", f"must be at most {self._params[1]} ({budget})")
         return budget

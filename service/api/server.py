@@ -15,6 +15,7 @@ from starlette.datastructures import State as AppState
 from starlette.requests import Request
 
 from service.api.exchange import Exchange, exchange_of
+from service.api.gate import Gate
 from service.errors import AdminRequired
 from service.keys.keyring import Keyring
 from service.keys.metrics import KeyMetrics
@@ -37,6 +38,7 @@ class Server:
     flags: AppState
     keyring: Keyring
     key_metrics: KeyMetrics
+    gate: Gate
     seeds: random.Random = field(default_factory=random.SystemRandom)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     num_open: int = 0  # answers on their way, those between two rounds or waves included
@@ -59,11 +61,15 @@ class Server:
         return self.is_draining and self.settings.drain_delay == 0
 
     def receive(self, request: Request) -> Exchange:
-        """Open the books on a request for tokens. Raises ``Unavailable`` where none is taken."""
+        """Open the books on a request for tokens, before its body is read.
+
+        Raises ``Unavailable`` where none is taken, ``Overloaded`` where it would find no room.
+        """
         exchange = exchange_of(request.scope)
         self.metrics.receive(exchange)
         if self.is_refusing:
             raise draining()
+        self.gate.check()
         return exchange
 
     def require_admin(self, request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -112,13 +113,21 @@ class AnswerResponse(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = self._whole(scope, receive, send) if self.stream is None else self._stream(send)
-        with scope["app"].state.server.answering():
+        server = scope["app"].state.server
+        taken = functools.partial(server.gate.leave, self.exchange)
+        if self.stream is None:
+            work = self._whole(scope, receive, send, taken)
+        else:
+            work = self._stream(send, taken)
+        with server.answering():
             if not await until_hangup(work, receive):
                 self.exchange.outcome = "cancelled"
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _whole(
+        self, scope: Scope, receive: Receive, send: Send, taken: Callable[[], None]
+    ) -> None:
         async with generate(self.job, self.metrics) as answer:
+            taken()
             events = await answer.joined()
         usage = answer.usage(sum(event.num_tokens for event in events))
         events = choose(self.job, events)
@@ -126,9 +135,10 @@ class AnswerResponse(Response):
         response = Response(body, headers=self.extra_headers, media_type="application/json")
         await response(scope, receive, send)
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, taken: Callable[[], None]) -> None:
         wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers}, self.framing)
         async with generate(self.job, self.metrics) as answer:
+            taken()
             pings = asyncio.create_task(wire.keep_alive(self.ping_interval))
             try:
                 await self._write_events(wire, answer)

@@ -64,6 +64,25 @@ class QueueBounds:
     max_queued_requests: int  # choices
     max_queued_tokens: int  # prompt tokens
 
+    def room(self, queue: WaitingQueue, free_slots: int) -> int:
+        """Sequences that would be taken in now, were their prompts short."""
+        if queue.tokens >= self.max_queued_tokens and (len(queue) or free_slots <= 0):
+            return 0
+        return max(0, self.max_queued_requests + free_slots - len(queue))
+
+    def retry_after(
+        self,
+        num_choices: int,
+        num_tokens: int,
+        free_slots: int,
+        seconds_for: SecondsFor,
+    ) -> float:
+        """Until half of a queue of so many should have gone."""
+        max_choices = self.max_queued_requests + free_slots
+        sequences = max(num_choices - max_choices // 2, 1)
+        tokens = max(num_tokens - self.max_queued_tokens // 2, 0)
+        return seconds_for(sequences, tokens)
+
     def check(
         self, submit: Submit, queue: WaitingQueue, free_slots: int, seconds_for: SecondsFor
     ) -> None:
@@ -79,11 +98,9 @@ class QueueBounds:
         max_choices = self.max_queued_requests + free_slots
         if num_choices <= max_choices and num_tokens <= self.max_queued_tokens:
             return
-        sequences = max(num_choices - max_choices // 2, 1)
-        tokens = max(num_tokens - self.max_queued_tokens // 2, 0)
         raise Overloaded(
             f"The queue is full: {len(queue)} sequences with {queue.tokens} prompt tokens wait, "
             f"and the bounds are {self.max_queued_requests} and {self.max_queued_tokens}. "
             "Try again after the time in Retry-After.",
-            retry_after=seconds_for(sequences, tokens),
+            retry_after=self.retry_after(num_choices, num_tokens, free_slots, seconds_for),
         )

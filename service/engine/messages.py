@@ -14,6 +14,7 @@ from msgspec import Struct
 from service.redaction import Redacted
 
 DEADLINE = "deadline"
+UNKNOWN_ROOM = 1 << 30  # sequences: of an engine that has not said how many it would take
 REFUSED = "refused"  # beside the reason "error": what was asked for cannot be done
 
 
@@ -162,6 +163,8 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
+    room: int = UNKNOWN_ROOM  # sequences the queue would take in now
+    retry_after: float = 1.0  # seconds: what a request is told that finds no room
     num_blocks: int = 0
     free_blocks: int = 0  # cached pages count as free: they can be evicted
     block_size: int = 0

@@ -117,6 +117,13 @@ class Scheduler:
         waiting = self._waiting
         return Gauges(len(self._lineup.running), len(waiting), waiting.tokens, self.pool.num_free)
 
+    def room(self) -> tuple[int, float]:
+        """Sequences the queue would take in now; seconds after which one refused may come again."""
+        queue, free_slots = self._waiting, max(self._lineup.free_slots, 0)
+        return self._bounds.room(queue, free_slots), self._bounds.retry_after(
+            len(queue) + 1, queue.tokens, free_slots, self.rate.seconds_for
+        )
+
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of those that run, and of those waited for."""
         running = {sequence.adapter for sequence in self._lineup.running if sequence.adapter}

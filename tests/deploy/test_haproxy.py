@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import httpx
 import pytest
 
-from tests.running import ROOT, Running, free_port, serving, wait_until
+from tests.deploy.cluster import CONFIG, HAS_BALANCER, NO_BALANCER, Cluster, running_cluster
 
-CONFIG = ROOT / "deploy" / "haproxy.cfg"
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("haproxy") is None, reason="haproxy is not installed (Debian package haproxy)"
-)
-
-
-@dataclass
-class Cluster:
-    url: str
-    replicas: list[Running]
-    stack: ExitStack = field(repr=False)
-
-    def start_replica(self, port: int) -> Running:
-        return self.stack.enter_context(serving("--drain-delay", "1.5", "--no-sample", port=port))
+pytestmark = pytest.mark.skipif(not HAS_BALANCER, reason=NO_BALANCER)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        replicas = [
-            stack.enter_context(serving("--drain-delay", "1.5", "--no-sample")) for _ in range(2)
-        ]
-        listen = f"127.0.0.1:{free_port()}"
-        environment = os.environ | {"LISTEN": listen}
-        for number, replica in enumerate(replicas, start=1):
-            environment[f"REPLICA{number}"] = replica.url.removeprefix("http://")
-        balancer = subprocess.Popen(
-            ["haproxy", "-f", str(CONFIG), "-db"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        stack.callback(balancer.wait)
-        stack.callback(balancer.terminate)
-        made = Cluster(f"http://{listen}", replicas, stack)
-        wait_until(lambda: _status(made.url) == 200, "the balancer to see a ready replica")
+    with running_cluster() as made:
         yield made
-
-
-def _status(url: str) -> int:
-    try:
-        return httpx.get(f"{url}/v1/models", timeout=5).status_code
-    except httpx.TransportError:
-        return 0
 
 
 def complete(url: str, tokens: int = 24) -> str:
@@ -128,10 +86,8 @@ def test_a_rolling_restart_under_load_loses_nothing(cluster: Cluster) -> None:
     for thread in clients:
         thread.start()
     try:
-        for number, replica in enumerate(list(cluster.replicas)):
-            assert replica.end(signal.SIGTERM) == 0, replica.output()
-            port = int(replica.url.rpartition(":")[2])
-            cluster.replicas[number] = cluster.start_replica(port)
+        for number in range(len(cluster.replicas)):
+            cluster.restart(number)
             time.sleep(1.5)  # the balancer sees it ready before the other one goes
     finally:
         stop.set()
