@@ -1,8 +1,9 @@
 """Who gives up its place, so that an account below its share gets one.
 
-A place is a running slot, or pages. An account with more of them than another that waits, even
-after one has passed from one to the other, gives up those of its youngest: that can only bring
-both closer to their shares, so nothing goes back and forth. What is given up is computed again, or
+A place is a running slot, or pages. An account with twice as much of them for its weight as one
+that waits, even after some have passed from one to the other, gives up those of its youngest; to an
+account without any, with as much. That can only bring both closer to their shares, so nothing goes
+back and forth, and what is left is evened out as sequences end. What is given up is computed again, or
 found in the prefix cache; a sequence gives way anew only when it has got as far again as it was
 thrown back, so that at most every second token is computed in vain.
 """
@@ -19,6 +20,7 @@ from service.engine.fair_queue import FairQueue
 from service.engine.fair_share import FairShare
 from service.engine.sequence import Sequence
 
+EXCESS = 2.0  # times what another account holds for its weight
 MayRun = Callable[[Sequence], bool]
 _order = attrgetter("order")
 
@@ -152,13 +154,14 @@ class Yielding:
         """Of the account with the most for its weight, the youngest that may be thrown back."""
         account = taker.account
         is_overdue = self._shares.is_overdue(account)
+        least = wanted / account.weight * (EXCESS if account in holdings else 1.0)
         others = [one for one in holdings if one is not account and rank(one) > rank(account)]
         others.sort(key=lambda one: held(holdings[one]) / one.weight, reverse=True)
         for other in others:
             holding = holdings[other]
             for sequence in reversed(holding.sequences):
                 left = (held(holding) - size(sequence)) / other.weight
-                gains = is_overdue or wanted / account.weight <= left
+                gains = is_overdue or least <= left
                 if gains and sequence.may_yield:
                     return sequence
         return None
