@@ -135,6 +135,7 @@ def engine_options(
         enable_prefix_caching=settings.enable_prefix_caching,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
+        scheduling_policy=settings.scheduling_policy,
         threads=plan.threads,
         cpus=tuple(sorted(plan.engine or ())),
         async_scheduling=settings.async_scheduling,

@@ -236,6 +236,11 @@ class Settings(BaseSettings):
         1024, ge=1, description="Sequences that may wait; past it: 429 with Retry-After"
     )
     max_queued_tokens: int = Field(1_000_000, ge=1, description="Prompt tokens that may wait")
+    scheduling_policy: Literal["fair", "fcfs"] = Field(
+        "fair",
+        description="Who is served first: fair shares the device between API keys by their "
+        "weights; fcfs is first come, first served; within a key both go by priority, then arrival",
+    )
     max_body_bytes: int = Field(8 * MIB, ge=1024, description="Largest request body; past it: 413")
     max_body_memory: int = Field(
         256 * MIB,

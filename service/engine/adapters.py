@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 from service.engine.messages import Submit
-from service.engine.sequence import Sequence
+from service.engine.sequence import Sequence, Status
 from service.errors import InvalidRequest, ModelNotFound
 
 PATIENCE = 0.5  # seconds others may pass whoever waits for a slot
@@ -127,19 +127,22 @@ class AdapterTurns:
 
     Whoever needs a slot when none is free waits; requests for the model itself, and for adapters
     that run already, pass. The first that waits is passed for ``PATIENCE`` at most: from then on no
-    request with an adapter starts before it, so those that run drain and a slot comes free.
+    request with an adapter starts before it, so those that run drain and a slot comes free. Where
+    accounts take turns at being the first, each one's time goes on.
     """
 
     def __init__(self, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_slots = num_slots
         self._clock = clock
         self._running: set[int] = set()
-        self._first: Sequence | None = None  # of those that wait for a slot
-        self._since = 0.0
+        self._since: dict[Sequence, float] = {}  # who was the first of those that wait, since when
 
     def begin(self, running: Iterable[Sequence]) -> None:
         """A step is being filled; those run already."""
         self._running = {sequence.adapter for sequence in running if sequence.adapter}
+        if self._since:
+            waiting = {one: at for one, at in self._since.items() if one.status is Status.WAITING}
+            self._since = waiting
 
     def joined(self, sequence: Sequence) -> None:
         if sequence.adapter:
@@ -163,6 +166,5 @@ class AdapterTurns:
         return may_join
 
     def _has_waited(self, sequence: Sequence) -> bool:
-        if self._first is not sequence:
-            self._first, self._since = sequence, self._clock()
-        return self._clock() - self._since > PATIENCE
+        now = self._clock()
+        return now - self._since.setdefault(sequence, now) > PATIENCE

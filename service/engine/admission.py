@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.messages import Submit
-from service.engine.waiting import WaitingQueue
+from service.engine.waiting import Standing, WaitingQueue
 from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 
 SecondsFor = Callable[[float, float], float]  # (sequences, tokens) to work off
@@ -59,7 +59,11 @@ def _remedy(prompt: int, room: int) -> str:
 
 @dataclass(frozen=True)
 class QueueBounds:
-    """An engine with a free slot and nobody waiting takes any one request, whatever its size."""
+    """An engine with a free slot and nobody waiting takes any one request, whatever its size.
+
+    A full queue still takes what an account below its share of it sends, so that none can shut
+    the others out: never more than twice the bounds.
+    """
 
     max_queued_requests: int  # choices
     max_queued_tokens: int  # prompt tokens
@@ -72,8 +76,8 @@ class QueueBounds:
 
     def retry_after(
         self,
-        num_choices: int,
-        num_tokens: int,
+        num_choices: float,
+        num_tokens: float,
         free_slots: int,
         seconds_for: SecondsFor,
     ) -> float:
@@ -96,11 +100,38 @@ class QueueBounds:
         num_choices = len(queue) + len(submit.settings)
         num_tokens = queue.tokens + len(submit.prompt)
         max_choices = self.max_queued_requests + free_slots
-        if num_choices <= max_choices and num_tokens <= self.max_queued_tokens:
+        max_tokens = self.max_queued_tokens
+        if num_choices <= max_choices and num_tokens <= max_tokens:
+            return
+        own = queue.standing(submit.account, submit.weight)
+        own_choices = own.num_choices + len(submit.settings)
+        own_tokens = own.tokens + len(submit.prompt)
+        if (
+            own.num_others
+            and _has_room(num_choices, max_choices, own_choices, own.num_choices, own.share)
+            and _has_room(num_tokens, max_tokens, own_tokens, own.num_choices, own.share)
+        ):
             return
         raise Overloaded(
             f"The queue is full: {len(queue)} sequences with {queue.tokens} prompt tokens wait, "
-            f"and the bounds are {self.max_queued_requests} and {self.max_queued_tokens}. "
-            "Try again after the time in Retry-After.",
-            retry_after=self.retry_after(num_choices, num_tokens, free_slots, seconds_for),
+            f"and the bounds are {self.max_queued_requests} and {max_tokens}. "
+            f"{_told_of_share(own)}Try again after the time in Retry-After.",
+            retry_after=self.retry_after(
+                own_choices / own.share, own_tokens / own.share, free_slots, seconds_for
+            ),
         )
+
+
+def _has_room(total: int, bound: int, own: int, num_queued: int, share: float) -> bool:
+    """Within the bound, or within the share of it; who has nothing waiting may send one request."""
+    return total <= bound or (total <= 2 * bound and (own <= share * bound or not num_queued))
+
+
+def _told_of_share(own: Standing) -> str:
+    if not own.num_others:
+        return ""
+    others = "1 other key" if own.num_others == 1 else f"{own.num_others} other keys"
+    return (
+        f"{own.num_choices} with {own.tokens} are this key's, whose share beside {others} is "
+        f"{own.share:.1%} of that. "
+    )

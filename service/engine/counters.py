@@ -13,6 +13,7 @@ class Counters:
     generation_tokens: int = 0  # tokens sent out
     discarded_tokens: int = 0  # drawn for a choice that was gone by then
     preemptions: int = 0
+    yields: int = 0  # of these: for the sake of an account below its share
     prefix_queries: int = 0  # tokens looked up in the prefix cache at a request's first step
     prefix_hits: int = 0  # tokens found there, the host's too
     host_hits: int = 0  # of these: tokens found in host memory alone
@@ -32,6 +33,7 @@ class Counters:
             "generation_tokens": self.generation_tokens,
             "discarded_tokens": self.discarded_tokens,
             "preemptions": self.preemptions,
+            "yields": self.yields,
             "prefix_queries": self.prefix_queries,
             "prefix_hits": self.prefix_hits,
             "spec_drafts": self.spec_drafts,

@@ -9,13 +9,18 @@ from operator import attrgetter
 
 from service.engine.adapters import AdapterTable, AdapterTurns
 from service.engine.counters import Counters
+from service.engine.fair_prompts import share_out
+from service.engine.fair_queue import FairQueue
+from service.engine.fair_share import DECODE_COST
 from service.engine.paging import Paging
 from service.engine.sequence import Sequence, Status
 from service.engine.speculation import Speculator
 from service.engine.step import Step, make_row
 from service.engine.waiting import WaitingQueue
+from service.engine.yielding import Room, Yielding, by_share_of_pages
 
 PROMPT_SHARE = 32  # tokens of every step's budget that running decodes cannot take
+PIECES = 8  # of a step's budget: prompts of different accounts share it so
 _order = attrgetter("order")
 
 
@@ -24,6 +29,10 @@ class Lineup:
 
     Liveness: the first of ``running`` can preempt all others, and alone it fits, because admission
     refuses what would not. Only preemption and the end take blocks from a running sequence.
+
+    With several accounts the line is another one: the last is the youngest of the account that
+    holds the most pages for its weight. Each preemption lets somebody draw a token that was never
+    drawn before, or leaves those that go on computing, so all come to their ends.
     """
 
     def __init__(
@@ -37,12 +46,15 @@ class Lineup:
         speculator: Speculator,
         max_model_len: int,
         adapters: AdapterTable,
+        fair: FairQueue | None,
     ) -> None:
+        """``fair`` is ``waiting`` itself, where accounts share."""
         self.running: list[Sequence] = []
         self.waiting = waiting
         share = min(PROMPT_SHARE, max_num_batched_tokens // 2)
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - share)
         self.budget = max_num_batched_tokens
+        self._piece = max(PROMPT_SHARE, max_num_batched_tokens // PIECES)
         self._paging = paging
         self._counters = counters
         self._clock = clock
@@ -50,6 +62,10 @@ class Lineup:
         self._max_model_len = max_model_len
         self._adapters = adapters
         self._turns = AdapterTurns(adapters.num_slots, clock)
+        self._fair = fair
+        if fair is not None:
+            pages_for, pages_freed = paging.pages_wanted, paging.pages_held_alone
+            self._yielding = Yielding(fair.shares, fair, pages_for, pages_freed)
 
     @property
     def free_slots(self) -> int:
@@ -63,19 +79,41 @@ class Lineup:
             not writable(sequence) for sequence in self.running if sequence.num_due == 1
         )
 
-    def fill(self, step: Step, *, may_guess: bool = True) -> None:
+    def fill(self, step: Step, *, is_ahead: bool = False) -> None:
         """One token for every decoding sequence, then chunks of prompts within the budget.
 
-        What is left of it may go to guesses, which start from tokens that are known.
+        What is left of it may go to guesses, which start from tokens that are known: not ahead of
+        the step that draws them.
         """
-        self._fill_decodes(step)
-        self._fill_prompts(step)
+        fair = self._fair
+        if fair is None or not fair.shares.is_contended:
+            self._fill_decodes(step, self.running)
+            num_decodes = step.num_tokens
+            self._fill_prompts(step)
+            num_known = self._finish(step, is_ahead)
+            if fair is not None:
+                num_rows = num_decodes + step.num_tokens - num_known
+                fair.shares.charge_only(DECODE_COST * num_rows + num_known - num_decodes)
+        else:
+            if not is_ahead:
+                self._make_way()
+            spares = self.can_spare_pages
+            self._fill_decodes(step, self.running if spares else by_share_of_pages(self.running))
+            fair.shares.charge_decodes(step.rows)
+            self._fill_prompts_fairly(step, fair)
+            if step.num_tokens > self._finish(step, is_ahead):
+                fair.shares.charge_guesses(step.rows)
+
+    def _finish(self, step: Step, is_ahead: bool) -> int:
+        """Adapters, order, guesses, host memory; the tokens it had before any were guessed."""
         if self._adapters.num_slots:
             self._place_adapters(step)
         step.put_in_order()
-        room = self.budget - step.num_tokens if may_guess else 0
+        num_known = step.num_tokens
+        room = 0 if is_ahead else self.budget - num_known
         self._speculator.extend(step, room, self._max_model_len, self._paging)
         self._settle_host(step)
+        return num_known
 
     def _settle_host(self, step: Step) -> None:
         pool, counters = self._paging.pool, self._counters
@@ -121,27 +159,30 @@ class Lineup:
 
     # ---- decodes -------------------------------------------------------------------------------
 
-    def _fill_decodes(self, step: Step) -> None:
+    def _fill_decodes(self, step: Step, line: list[Sequence]) -> None:
         i = 0
-        while i < len(self.running):  # preemption shortens it from the end
-            sequence = self.running[i]
-            if sequence.num_due == 1 and self._make_writable(sequence, step):
+        while i < len(line):  # preemption shortens it from the end
+            sequence = line[i]
+            if sequence.num_due == 1 and self._make_writable(sequence, step, line):
                 self._advance(sequence, 1, step)
             i += 1
 
-    def _make_writable(self, sequence: Sequence, step: Step) -> bool:
+    def _make_writable(self, sequence: Sequence, step: Step, line: list[Sequence]) -> bool:
         """Preempts from the back of the line until there is a block, itself at the latest."""
         while not self._paging.is_writable(sequence):
             if self._paging.pool.num_free:
                 self._paging.make_writable(sequence, step.copies)
                 return True
-            victim = self.running.pop()
+            victim = line.pop()
+            if line is not self.running:
+                del self.running[self._position(victim)]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        sequence.num_reached = max(sequence.num_reached, sequence.num_computed)
         self._paging.release(sequence)
         self._send_back(sequence)
         self._counters.preemptions += 1
@@ -149,6 +190,26 @@ class Lineup:
     def _send_back(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
         self.waiting.push_front(sequence)
+
+    # ---- places for accounts below their share -------------------------------------------------
+
+    def leaving(self) -> list[Sequence]:
+        """Those that are to stop running, for accounts that hold less than theirs and wait."""
+        fair = self._fair
+        if fair is None or not fair.shares.is_contended or not len(fair):
+            return []
+        pages = self._paging.pool.num_free - self._headroom()
+        room = Room(self.free_slots, pages, self.budget - len(self.running))
+        if not self._adapters.num_slots:
+            return self._yielding.plan(self.running, room)
+        self._turns.begin(self.running)
+        return self._yielding.plan(self.running, room, self._turns.next_turn())
+
+    def _make_way(self) -> None:
+        for sequence in self.leaving():
+            del self.running[self._position(sequence)]
+            self._preempt(sequence)
+            self._counters.yields += 1
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -169,6 +230,19 @@ class Lineup:
             else:
                 break
 
+    def _fill_prompts_fairly(self, step: Step, fair: FairQueue) -> None:
+        self._turns.begin(self.running)
+        pieces = share_out(
+            (sequence for sequence in self.running if sequence.num_due > 1),
+            fair,
+            lambda sequence: self._admit(sequence, step),
+            self.budget - step.num_tokens,
+            self._piece,
+            self._turns.next_turn() if self._adapters.num_slots else None,
+        )
+        for sequence, count in pieces.items():
+            self._advance(sequence, count, step)
+
     def _next(self) -> Sequence | None:
         if not self._adapters.num_slots:
             return self.waiting.peek()
@@ -184,6 +258,7 @@ class Lineup:
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_order)
         self._turns.joined(sequence)
+        sequence.num_redone = max(0, sequence.num_reached - sequence.num_computed)
         if sequence.request.first_scheduled is None:
             self._note_first_step(sequence, sum(tokens for _, _, tokens in step.loads[known:]))
         return True

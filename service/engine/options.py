@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 SOCKET_FOLDER_PREFIX = "pronk-engine-"  # a folder of this name is removed with its socket
@@ -25,6 +27,7 @@ class EngineOptions(Struct, frozen=True):
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024  # sequences
     max_queued_tokens: int = 1_000_000
+    scheduling_policy: Literal["fair", "fcfs"] = "fair"
     async_scheduling: bool | None = None  # None: on a GPU
     threads: int | None = None  # None: the cores this process may use
     cpus: tuple[int, ...] = ()  # what it is held to; none: the system decides

@@ -31,6 +31,17 @@ class Paging:
             loads.append((slot, sequence.block_table[place], tokens))
         return True
 
+    def pages_wanted(self, sequence: Sequence) -> int:
+        """Free pages that a claim would take now; nothing is touched."""
+        shared = self._match(sequence).shared
+        pool = self.pool
+        return pool.pages_for(len(sequence.tokens)) - len(shared) + pool.num_idle(shared)
+
+    def pages_held_alone(self, sequence: Sequence) -> int:
+        """Pages that come free with its end, if nobody else ends."""
+        holders = self.pool.holders
+        return sum(holders(block) == 1 for block in sequence.block_table)
+
     def cached_tokens(self, sequence: Sequence) -> int:
         """What a claim would find of it now; nothing is touched."""
         return self._match(sequence).num_tokens

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from service.engine.adapters import AdapterTable
 from service.engine.admission import QueueBounds, RequestLimits
@@ -35,6 +35,8 @@ from service.engine.counters import Counters, Gauges
 from service.engine.drain_rate import DrainRate
 from service.engine.estimate import Forecast
 from service.engine.expiry import Expiries
+from service.engine.fair_queue import FairQueue
+from service.engine.fair_share import FairShare
 from service.engine.lineup import Lineup
 from service.engine.messages import DEADLINE, REFUSED, Output, Submit
 from service.engine.paging import Paging
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 
 Deliveries = dict[Hashable, list[Output]]
 NO_SPECULATION = SpeculationLimits()
+Policy = Literal["fair", "fcfs"]
+PATIENCE = 8  # full steps an account is owed before all others make room for it
 ASKING = object()  # the client of requests that are only asked about
 
 
@@ -71,7 +75,7 @@ class Scheduler:
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1_000_000,
         clock: Callable[[], float] = time.monotonic,
-        queue: WaitingQueue | None = None,
+        policy: Policy = "fair",
         speculation: SpeculationLimits = NO_SPECULATION,
         costs: tuple[StepCosts, StepCosts] | None = None,
         adapters: AdapterTable | None = None,
@@ -85,7 +89,9 @@ class Scheduler:
         self.rate = DrainRate()
         self._clock = clock
         self._paging = Paging(pool)
-        self._waiting = FirstComeQueue() if queue is None else queue
+        self._shares = FairShare(PATIENCE * max_num_batched_tokens)
+        fair = FairQueue(self._shares) if policy == "fair" else None
+        self._waiting: WaitingQueue = FirstComeQueue() if fair is None else fair
         self.adapters = AdapterTable() if adapters is None else adapters
         self._speculator = Speculator(speculation, self.counters, *(costs or ()))
         self._lineup = Lineup(
@@ -98,6 +104,7 @@ class Scheduler:
             self._speculator,
             max_model_len,
             self.adapters,
+            fair,
         )
         self._limits = RequestLimits(max_model_len, pool.num_usable, pool.block_size)
         self._bounds = QueueBounds(max_queued_requests, max_queued_tokens)
@@ -135,7 +142,8 @@ class Scheduler:
     def add(self, submit: Submit, client: Hashable = 0, grammar: Grammar | None = None) -> None:
         """Takes a request into the queue, or raises what its client is to be told."""
         self.check(submit, client)
-        request = Request(submit, client, next(self._numbers), self._clock(), grammar)
+        account = self._shares.join(submit.account, submit.weight)
+        request = Request(submit, client, next(self._numbers), self._clock(), grammar, account)
         sequence = Sequence.start(request, self.pool.grain)
         request.sequences = {choice.index: sequence for choice in sequence.choices}
         self._requests[request.key] = request
@@ -169,11 +177,8 @@ class Scheduler:
         for submit in submits:
             self._check(submit, ASKING)
         forecast = self._forecast(sum(len(submit.settings) for submit in submits), seconds)
-        fresh = [
-            Sequence.start(Request(submit, ASKING, next(self._numbers), 0.0), self.pool.grain)
-            for submit in submits
-        ]
-        forecast.wait_in_line(one for one in self._waiting if one.order < fresh[0].order)
+        fresh = [Sequence.start(self._asked(submit), self.pool.grain) for submit in submits]
+        forecast.wait_in_line(self._waiting.before(fresh[0]))
         cached = [self._paging.cached_tokens(sequence) for sequence in fresh]
         pages = self.pool.pages_for(len(fresh[0].tokens) - cached[0])
         passages = [
@@ -193,6 +198,10 @@ class Scheduler:
             "decode_seconds": end - first,
             "total_seconds": end,
         }
+
+    def _asked(self, submit: Submit) -> Request:
+        account = self._shares.preview(submit.account, submit.weight)
+        return Request(submit, ASKING, next(self._numbers), 0.0, account=account)
 
     def _forecast(self, num_new: int, seconds: Callable[[int], float]) -> Forecast:
         lineup, costs, counters = self._lineup, self._speculator.costs, self.counters
@@ -250,7 +259,7 @@ class Scheduler:
             return None
         self.rate.start(self._clock())
         step = Step(self._num_steps)
-        self._lineup.fill(step, may_guess=before is None)
+        self._lineup.fill(step, is_ahead=before is not None)
         if before is not None:
             if not step.rows:
                 return None
@@ -270,6 +279,7 @@ class Scheduler:
             and not (before.stores or before.fills)
             and not self._speculator.may_guess_after(before)
             and self._lineup.can_spare_pages
+            and not self._lineup.leaving()
         )
 
     def update(self, step: Step, result: StepResult) -> Deliveries:
@@ -419,3 +429,4 @@ class Scheduler:
         if not request.sequences:
             del self._requests[request.key]
             self.adapters.release(request.submit.adapter_version)
+            self._shares.leave(request.account)

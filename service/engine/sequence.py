@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from service.engine.account import Account
 from service.engine.messages import Output, SamplingSettings, Submit, TokenLogprob
 from service.engine.prefix import GRAIN, PrefixChain, chain_root
 from service.redaction import Redacted, redacted
@@ -71,6 +72,7 @@ class Request:
     """What the choices of one submit have in common."""
 
     __slots__ = (
+        "account",
         "arrival",
         "cached_tokens",
         "client",
@@ -94,8 +96,11 @@ class Request:
         number: int,
         arrival: float,
         grammar: Grammar | None = None,
+        account: Account | None = None,
     ) -> None:
         self.submit = submit
+        # Whose share of the device it uses: that of others too, where the scheduler says so.
+        self.account = Account(submit.account, submit.weight) if account is None else account
         self.grammar = grammar  # ``submit.grammar``, compiled
         self.client = client
         self.number = number  # order of arrival
@@ -184,6 +189,8 @@ class Sequence(Redacted):
     block_table: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     speculation: Speculation | None = None  # once it was asked whether to guess ahead
+    num_reached: int = 0  # tokens that were computed when it last lost its pages
+    num_redone: int = 0  # of these: not found cached when it came back
     # Of the rows under way, launched and not yet updated (see ``service.engine.step.Row``):
     num_rows: int = 0
     num_launched: int = 0  # tokens they compute
@@ -205,6 +212,16 @@ class Sequence(Redacted):
     @property
     def id(self) -> int:
         return self.request.submit.id
+
+    @property
+    def account(self) -> Account:
+        return self.request.account
+
+    @property
+    def may_yield(self) -> bool:
+        """Whether it has got on since it last lost its pages, by as much as that cost."""
+        gained = self.num_computed - self.num_reached
+        return not self.num_reached or gained >= max(self.num_redone, GRAIN)
 
     @property
     def adapter(self) -> int:

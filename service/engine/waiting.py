@@ -1,15 +1,27 @@
-"""The waiting queue: one interface; first come, first served (by priority) implements it."""
+"""The waiting queue: one interface, and first come, first served (by priority).
+
+``service.engine.fair_queue`` is the other one, of accounts that share the device.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from service.engine.sequence import Sequence
 
 _order = attrgetter("order")
+
+
+class Standing(NamedTuple):
+    """How one account stands in the queue."""
+
+    num_choices: int
+    tokens: int  # as the queue counts them
+    share: float  # of the device, beside the others
+    num_others: int  # accounts it shares with
 
 
 class WaitingQueue(Protocol):
@@ -36,6 +48,11 @@ class WaitingQueue(Protocol):
 
     def adapters(self) -> set[int]:
         """Versions asked for."""
+
+    def before(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Those that are to run before it, which need not be in the queue."""
+
+    def standing(self, name: str, weight: float) -> Standing: ...
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Sequence]:
@@ -68,6 +85,12 @@ class FirstComeQueue:
 
     def adapters(self) -> set[int]:
         return {sequence.adapter for sequence in self._sequences if sequence.adapter}
+
+    def before(self, sequence: Sequence) -> Iterator[Sequence]:
+        return (one for one in self._sequences if one.order < sequence.order)
+
+    def standing(self, name: str, weight: float) -> Standing:
+        return Standing(len(self), self.tokens, 1.0, 0)
 
     def remove(self, sequence: Sequence) -> None:
         i = bisect_left(self._sequences, sequence.order, key=_order)

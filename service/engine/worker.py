@@ -154,6 +154,7 @@ def make_scheduler(
         max_model_len=limits.max_model_len,
         max_queued_requests=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
+        policy=options.scheduling_policy,
         speculation=SpeculationLimits(
             most=options.num_speculative_tokens,
             most_in_step=limits.max_proposed,

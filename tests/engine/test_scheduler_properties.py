@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from service.engine.blocks import BlockPool
 from service.engine.host_slots import HostSlots
 from service.engine.messages import SamplingSettings, Submit
-from service.engine.scheduler import NO_SPECULATION
+from service.engine.scheduler import NO_SPECULATION, Policy
 from service.engine.speculation import SpeculationLimits
 from tests.engine.recording_runner import END, VOCABULARY
 from tests.engine.storm import Storm
@@ -73,6 +73,7 @@ class StormMachine(RuleBasedStateMachine):
         speculation=speculations,
         slots=st.integers(0, 12),
         ahead=st.booleans(),
+        policy=st.sampled_from(["fair", "fair", "fcfs"]),
         dice=st.randoms(use_true_random=False),
     )
     def start(
@@ -84,6 +85,7 @@ class StormMachine(RuleBasedStateMachine):
         speculation: SpeculationLimits,
         slots: int,
         ahead: bool,
+        policy: Policy,
         dice: random.Random,
     ) -> None:
         host = HostSlots(slots)
@@ -95,6 +97,7 @@ class StormMachine(RuleBasedStateMachine):
             speculation=speculation,
             ahead=ahead,
             is_late=lambda: dice.random() < 0.1,
+            policy=policy,
         )
         self.numbers = 0
 
@@ -107,6 +110,8 @@ class StormMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0]),
         deadline=st.sampled_from([None, None, None, 3.0, 30.0]),
         max_queue=st.sampled_from([None, None, None, 2.0]),
+        account=st.sampled_from(["", "", "a", "b"]),
+        weight=st.sampled_from([1.0, 1.0, 0.1, 5.0]),
     )
     def submit(self, client: int, **fields: object) -> None:
         self.numbers += 1
@@ -170,6 +175,7 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead:
         dice.randint(6, 20), PAGE, GRAIN, enable_prefix_caching=seed % 8 > 0, host=host
     )
     late = random.Random(seed)
+    accounts = "abcdef"[: 1 + seed % 6]
     storm = Storm(
         pool,
         dice.randint(1, 8),
@@ -183,7 +189,8 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead:
     for number in range(60):
         while dice.random() < 0.5:
             storm.submit(
-                random_submit(dice, len(storm.answers) + 1000 * number), dice.randint(0, 1)
+                random_submit(dice, len(storm.answers) + 1000 * number, accounts),
+                dice.randint(0, 1),
             )
         storm.run(dice.randint(1, 12))
         if storm.answers and dice.random() < 0.3:
@@ -200,7 +207,7 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead:
     assert bool(storm.num_ahead) is ahead
 
 
-def random_submit(dice: random.Random, number: int) -> Submit:
+def random_submit(dice: random.Random, number: int, accounts: str) -> Submit:
     kept = dice.randint(0, 50)
     tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(0, 4))]
     choice = SamplingSettings(
@@ -220,4 +227,6 @@ def random_submit(dice: random.Random, number: int) -> Submit:
         priority=dice.choice([0, 0, 0, -1, 2]),
         prompt_logprobs=dice.choice([None] * 4 + [0]),
         deadline=dice.choice([None] * 6 + [2.0]),
+        account=dice.choice(accounts),
+        weight=dice.choice([1.0, 1.0, 3.0]),
     )
