@@ -26,7 +26,7 @@ from service.api import (
 )
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
-from service.api.middleware import PUBLIC_PATHS, Authentication, BodyBounds, Edge
+from service.api.middleware import PUBLIC_PATHS, Authentication, BodyBounds, Edge, OverLimit
 from service.api.openapi import describe
 from service.api.server import Server, server_of
 from service.errors import PronkError
@@ -76,7 +76,7 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
 
 
 def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-    """The last one added is the outermost: edge, CORS, keys, body."""
+    """The last one added is the outermost: edge, connections, CORS, keys, body."""
     keys = [key.get_secret_value() for key in settings.api_key]
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
@@ -89,6 +89,7 @@ def _add_middlewares(app: FastAPI, settings: Settings, metrics: Metrics) -> None
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
+    app.add_middleware(OverLimit)
     app.add_middleware(Edge, metrics=metrics)
 
 

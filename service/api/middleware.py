@@ -1,4 +1,5 @@
-"""Pure ASGI middlewares: the edge (request id, books, last resort), the keys, the body's bounds.
+"""Pure ASGI middlewares: the edge (request id, books, last resort), connections over the limit, the
+keys, the body's bounds.
 
 They look at ``scope["path"]`` and never at a URL rebuilt from the Host header, and decide before
 a byte of the body is read.
@@ -10,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import time
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,14 +20,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.anthropic_errors import speaks_anthropic
 from service.api.errors import RequestTimeout, error_response, internal_error
-from service.api.exchange import KEY, Caller, Exchange, request_id, route_path
-from service.errors import AuthenticationFailed, RequestTooLarge
+from service.api.exchange import KEY, OVER_LIMIT, Caller, Exchange, request_id, route_path
+from service.errors import AuthenticationFailed, RequestTooLarge, TooManyConnections
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+SLOWEST_BODY = 4096  # bytes a second, on the whole
+ALWAYS = {  # whatever is answered; what a route says itself goes before
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",  # answers are one caller's
+}
 
 
 class Edge:
@@ -46,6 +53,8 @@ class Edge:
                 exchange.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = exchange.request_id
+                for name, value in ALWAYS.items():
+                    headers.setdefault(name, value)
                 if speaks_anthropic(route_path(scope)):
                     headers["Request-Id"] = exchange.request_id  # as its clients look for it
             await send(message)
@@ -67,6 +76,28 @@ class Edge:
 def _handler(scope: Scope) -> str:
     """The route's template: bounded, whatever paths strangers try."""
     return getattr(scope.get("route"), "path", None) or "unmatched"
+
+
+class OverLimit:
+    """On a connection that is one too many only health checks are answered.
+
+    Balancers and kubelets ask while everything is taken; a server that is merely full must not
+    look dead to them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_over = scope["type"] == "http" and scope.get("state", {}).get(OVER_LIMIT, False)
+        if not is_over or route_path(scope) in PUBLIC_PATHS:
+            await self.app(scope, receive, send)
+            return
+        refused = TooManyConnections(
+            "All connections of this server are in use: try again, or another replica.",
+            retry_after=1,
+        )
+        await error_response(refused, scope, {"Connection": "close"})(scope, receive, send)
 
 
 class Authentication:
@@ -129,7 +160,10 @@ def _unauthenticated(has_offered: bool) -> AuthenticationFailed:
 
 
 class BodyBounds:
-    """Refuses a body that is too large, while it streams in, and a client that never sends it.
+    """Refuses a body that is too large, while it streams in, and a client that drips or stops.
+
+    Nothing for ``timeout`` seconds is too slow, and so is less than ``SLOWEST_BODY`` bytes a second
+    on the whole, ``timeout`` seconds granted.
 
     Starlette has a limiter of its own, but it answers in plain text, and in place of a 401.
     """
@@ -145,6 +179,7 @@ class BodyBounds:
             return
         size = 0
         complete = False
+        began = time.monotonic()
 
         async def bounded() -> Message:
             nonlocal size, complete
@@ -152,12 +187,14 @@ class BodyBounds:
                 return await receive()
             if _stated_length(scope) > self.max_bytes:
                 raise self._too_large()
+            left = began + self.timeout + size / SLOWEST_BODY - time.monotonic()
             try:
-                async with asyncio.timeout(self.timeout):
+                async with asyncio.timeout(min(self.timeout, left)):
                     message = await receive()
             except TimeoutError:
                 raise RequestTimeout(
-                    f"No part of the body came for {self.timeout:g} seconds."
+                    f"The body came too slowly: after {self.timeout:g} seconds of patience it must "
+                    f"come at {SLOWEST_BODY} bytes a second or more."
                 ) from None
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
