@@ -372,6 +372,8 @@ ERRORS = {  # class: when
     "NotSupported": "a field that a newer one replaced, or that would need something stored",
     "RequestTimeout": "the body came too slowly (`--body-timeout`)",
     "RequestTooLarge": "the body is larger than `--max-body-bytes`",
+    "HeadersTooLarge": "the request's headers are longer than 64 KiB, or more than 128; the "
+    "connection ends",
     "UnsupportedMediaType": "the content type is not JSON",
     "MethodNotAllowed": "wrong method; `Allow` names the right ones",
     "AuthenticationFailed": "no key, or one that is wrong, revoked or expired; with "
@@ -383,6 +385,8 @@ ERRORS = {  # class: when
     "ModelNotFound": "no model of this name is served",
     "Overloaded": "the queue is full; `Retry-After` from the measured drain rate",
     "Unavailable": "not now; with `Retry-After`",
+    "TooManyConnections": "all of `--max-connections` are being answered; health checks still get "
+    "through",
     "EngineFailure": "the engine failed on this request, or died under it",
     "PronkError": "the server failed on this request",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.connections import REASONS, Connections
 from service.engine.messages import State
 from service.registry import ModelRegistry
 
@@ -145,6 +147,34 @@ class OwnStates(Collector):
                 gaps.add_metric(labels, counters.get("gap_seconds", 0))
         yield from (restarts, ready, waiting, discarded, usage, steps, gaps)
         yield from (family for _, family in counted.values())
+
+
+class ConnectionStates(Collector):
+    """The listener's connections, and what the event loop holds: what a leak would show in."""
+
+    def __init__(self, book: Connections) -> None:
+        self.book = book
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        held = GaugeMetricFamily(
+            OWN + "connections", "Connections held, by whether they wait", labels=["state"]
+        )
+        waiting = self.book.num_waiting
+        held.add_metric(["waiting"], waiting)
+        held.add_metric(["answering"], self.book.num_open - waiting)
+        yield held
+        ended = CounterMetricFamily(
+            OWN + "connections_ended", "Connections this side cut short", labels=["reason"]
+        )
+        for reason in REASONS:
+            ended.add_metric([reason], self.book.ended[reason])
+        yield ended
+        tasks = GaugeMetricFamily(OWN + "event_loop_tasks", "Tasks of the HTTP process")
+        tasks.add_metric([], len(asyncio.all_tasks()))
+        yield tasks
 
 
 Rows = list[tuple[list[str], State]]

@@ -57,6 +57,11 @@ class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class HeadersTooLarge(InvalidRequest):
+    status = 431
+    code = "headers_too_large"
+
+
 class UnsupportedMediaType(InvalidRequest):
     status = 415
 
@@ -116,6 +121,10 @@ class Unavailable(PronkError):
 
     status = 503
     type = "service_unavailable"
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
 
 
 class EngineFailure(PronkError):

@@ -18,7 +18,16 @@ from prometheus_client import (
 )
 
 from service.api.exchange import Exchange
-from service.collectors import LABELS, OWN, VLLM, EngineStates, OwnStates, Twice
+from service.collectors import (
+    LABELS,
+    OWN,
+    VLLM,
+    ConnectionStates,
+    EngineStates,
+    OwnStates,
+    Twice,
+)
+from service.connections import Connections
 from service.engine.messages import Output, Outputs, State
 from service.registry import Engine, ModelRegistry, ServedModel
 
@@ -73,6 +82,10 @@ class Metrics:
 
     def of(self, model: ServedModel, engine: Engine) -> EngineMetrics:
         return self._engines[model.name, list(model.engines).index(engine)]
+
+    def watch_connections(self, book: Connections) -> None:
+        """Of the listener in front, where there is one."""
+        self.registry.register(ConnectionStates(book))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ import uvloop
 from fastapi import FastAPI
 
 from service import listener, presentation
+from service.acceptor import HttpServer
 from service.api.app import create_app
+from service.connections import Connections, Patience, TooFewDescriptors, connection_limit
 from service.crashes import forbid_core_dumps, log_loop_failure, log_uncaught
 from service.engine.client import EngineClient
 from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
@@ -31,7 +33,6 @@ from service.engine.options import EngineOptions
 from service.errors import EngineFailure
 from service.keys.file import KeysProblem
 from service.logs import configure_logging
-from service.protocol import HttpProtocol
 from service.registry import (
     ModelRegistry,
     ServedAdapter,
@@ -43,7 +44,6 @@ from service.settings import Settings
 
 logger = logging.getLogger("pronk")
 
-MAX_HEADER_BYTES = 64 * 1024
 ECHO = 0.25  # seconds: a wrapper that passes on a signal its group got too sends it twice
 LINGER = 2  # seconds for answers already written to reach their clients
 UNKNOWN_LENGTH = 1 << 30  # before a checkpoint was read
@@ -156,14 +156,6 @@ def engine_options(
     )
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: draining is pronk's, and so is the exit code."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class Backend:
     """A model's engine and the app in front of it; whoever owns it brings it up and asks the app.
 
@@ -233,7 +225,7 @@ class Server(Backend):
     def __init__(self, settings: Settings, source: Source, socket: listener.Socket) -> None:
         super().__init__(settings, source)
         self.socket = socket
-        self.http = _Uvicorn(self._uvicorn_config())
+        self.http = HttpServer(self._uvicorn_config(), self._book())
         self.code = 0
         self._signals = 0
         self._first_signal = 0.0
@@ -242,8 +234,7 @@ class Server(Backend):
     def _uvicorn_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self.app,
-            http=HttpProtocol,  # on h11: httptools accepts headers without bound
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            http="h11",  # httptools accepts headers without bound
             ws="none",
             lifespan="off",
             log_config=None,
@@ -255,6 +246,16 @@ class Server(Backend):
             timeout_keep_alive=self.settings.keep_alive,
             timeout_graceful_shutdown=LINGER,
         )
+
+    def _book(self) -> Connections:
+        patience = Patience(head=self.settings.header_timeout, write=self.settings.write_timeout)
+        try:
+            limit = connection_limit(self.settings.max_connections)
+        except TooFewDescriptors as error:
+            raise ServeProblem(str(error)) from None
+        book = Connections(limit, patience)
+        self.app.state.server.metrics.watch_connections(book)
+        return book
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()

@@ -257,8 +257,24 @@ class Settings(BaseSettings):
     max_prompts: int = Field(2048, ge=1, description="Most prompts in one request")
     max_stop: int = Field(4, ge=1, description="Most stop strings in a request")
     strict_params: bool = Field(False, description="Refuse unknown request fields with a 400")
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="Connections held at once; past it idle ones give way, then 503; "
+        "default: what file descriptors allow",
+    )
+    header_timeout: float = Field(
+        10.0, gt=0, description="Seconds a client may take over a request's headers, or over TLS"
+    )
     body_timeout: float = Field(
-        30.0, gt=0, description="Seconds a client may take between two pieces of a body"
+        30.0,
+        gt=0,
+        description="Seconds a body may fail to come; after as many it must come at 4 KiB/s",
+    )
+    write_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds a client may take nothing of its answer, before it is cancelled",
     )
 
     # ---- who may call

@@ -28,7 +28,7 @@ from service.api.authentication import PUBLIC_PATHS, Authentication
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
 from service.api.gate import Gate
-from service.api.middleware import BodyBounds, Edge
+from service.api.middleware import BodyBounds, Edge, OverLimit
 from service.api.openapi import describe
 from service.api.server import Server, server_of
 from service.errors import PronkError
@@ -86,7 +86,7 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
 
 
 def _add_middlewares(app: FastAPI, server: Server) -> None:
-    """The last one added is the outermost: edge, CORS, keys, body."""
+    """The last one added is the outermost: edge, connections, CORS, keys, body."""
     settings = server.settings
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
     app.add_middleware(
@@ -106,6 +106,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
+    app.add_middleware(OverLimit)
     app.add_middleware(Edge, metrics=server.metrics, gate=server.gate)
 
 

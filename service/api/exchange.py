@@ -13,6 +13,7 @@ from starlette.types import Scope
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 REFUSALS = (503, 529)  # of a server that could not take it
 KEY = "pronk.exchange"  # in the ASGI scope
+OVER_LIMIT = "pronk.over_limit"  # in its state, where the connection is one too many
 
 Outcome = Literal["finished", "failed", "cancelled", "rejected"]
 

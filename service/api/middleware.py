@@ -1,4 +1,5 @@
-"""Pure ASGI middlewares: the edge (request id, books, last resort), the body's bounds.
+"""Pure ASGI middlewares: the edge (request id, books, last resort), connections over the limit, the
+body's bounds.
 
 They look at ``scope["path"]`` and never at a URL rebuilt from the Host header.
 """
@@ -7,22 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.anthropic_errors import speaks_anthropic
+from service.api.authentication import PUBLIC_PATHS
 from service.api.errors import RequestTimeout, error_response, internal_error
-from service.api.exchange import KEY, Exchange, request_id, route_path
+from service.api.exchange import KEY, OVER_LIMIT, Exchange, request_id, route_path
 from service.api.gate import Gate
-from service.errors import Overloaded, RequestTooLarge
+from service.errors import Overloaded, RequestTooLarge, TooManyConnections
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
 
 BODIES_RETRY = 2.0  # seconds: answers end, and with them go the bodies they came from
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+SLOWEST_BODY = 4096  # bytes a second, on the whole
+ALWAYS = {  # whatever is answered; what a route says itself goes before
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",  # answers are one caller's
+}
 
 
 class Edge:
@@ -44,6 +52,8 @@ class Edge:
                 exchange.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = exchange.request_id
+                for name, value in ALWAYS.items():
+                    headers.setdefault(name, value)
                 if speaks_anthropic(route_path(scope)):
                     headers["Request-Id"] = exchange.request_id  # as its clients look for it
             await send(message)
@@ -68,8 +78,33 @@ def _handler(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", None) or "unmatched"
 
 
+class OverLimit:
+    """On a connection that is one too many only health checks are answered.
+
+    Balancers and kubelets ask while everything is taken; a server that is merely full must not
+    look dead to them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_over = scope["type"] == "http" and scope.get("state", {}).get(OVER_LIMIT, False)
+        if not is_over or route_path(scope) in PUBLIC_PATHS:
+            await self.app(scope, receive, send)
+            return
+        refused = TooManyConnections(
+            "All connections of this server are in use: try again, or another replica.",
+            retry_after=1,
+        )
+        await error_response(refused, scope, {"Connection": "close"})(scope, receive, send)
+
+
 class BodyBounds:
-    """Refuses a body that is too large, while it streams in, and a client that never sends it.
+    """Refuses a body that is too large, while it streams in, and a client that drips or stops.
+
+    Nothing for ``timeout`` seconds is too slow, and so is less than ``SLOWEST_BODY`` bytes a second
+    on the whole, ``timeout`` seconds granted.
 
     What all requests being answered have brought is bounded, too: each byte counts from when it is
     here until its answer has ended, because what a body became lives as long. Starlette has a
@@ -89,6 +124,7 @@ class BodyBounds:
             return
         size = 0
         complete = False
+        began = time.monotonic()
 
         async def bounded() -> Message:
             nonlocal size, complete
@@ -96,12 +132,14 @@ class BodyBounds:
                 return await receive()
             if _stated_length(scope) > self.max_bytes:
                 raise self._too_large()
+            left = began + self.timeout + size / SLOWEST_BODY - time.monotonic()
             try:
-                async with asyncio.timeout(self.timeout):
+                async with asyncio.timeout(min(self.timeout, left)):
                     message = await receive()
             except TimeoutError:
                 raise RequestTimeout(
-                    f"No part of the body came for {self.timeout:g} seconds."
+                    f"The body came too slowly: after {self.timeout:g} seconds of patience it must "
+                    f"come at {SLOWEST_BODY} bytes a second or more."
                 ) from None
             came = len(message.get("body", b""))
             size += came

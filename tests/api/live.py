@@ -1,4 +1,4 @@
-"""A real uvicorn in a thread of its own, for clients that speak over sockets."""
+"""A real HTTP server in a thread of its own, for clients that speak over sockets."""
 
 from __future__ import annotations
 
@@ -6,37 +6,49 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
-from service.protocol import HttpProtocol
+from service.acceptor import HttpServer
+from service.connections import Connections, Patience
 
-
-class Protocol(HttpProtocol):
-    head_timeout = 0.5
-
-
-class _Quiet(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+IMPATIENT = Patience(head=0.5, write=0.5, linger=0.5)
 
 
 @contextlib.contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(
+    app: FastAPI,
+    book: Connections | None = None,
+    *,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    keep_alive: int = 5,
+) -> Iterator[str]:
     """The base URL of a server that runs until the block is left."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()
+        listener.listen(1024)
         config = uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", log_config=None, server_header=False
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            server_header=False,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+            timeout_keep_alive=keep_alive,
         )
-        server = _Quiet(config)
+        book = book or Connections(patience=IMPATIENT)
+        app.state.server.metrics.watch_connections(book)
+        server = HttpServer(config, book)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
+        scheme = "https" if certificate else "http"
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

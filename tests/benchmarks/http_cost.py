@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import cProfile
 import os
 import pstats
@@ -32,11 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from model.bundled import bundled_model_path
+from service import listener
+from service.acceptor import HttpServer
 from service.api.app import create_app
 from service.bench.client import Target, fetch, stream
+from service.connections import Connections
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
-from service.protocol import HttpProtocol
 from service.registry import ModelRegistry, ServedModel
 from service.serve import describe
 from service.settings import Settings
@@ -83,20 +84,18 @@ async def serve(port: int) -> None:
     describe(model, bundled_model_path(), settings)
     config = uvicorn.Config(
         create_app(settings, ModelRegistry([model])),
-        http=HttpProtocol,
+        http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
-        port=port,
     )
     await engine.start()
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    server = HttpServer(config, Connections())
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, setattr, server, "should_exit", True)
     try:
-        await server.serve()
+        await server.serve([listener.bind(Settings(port=port))])
     finally:
         await engine.stop()
 
