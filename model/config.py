@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.refusal import Refusal
 from model.rope_config import InvalidConfig, Keys, RopeConfig, read_rope
 
 __all__ = ["InvalidConfig", "ModelConfig", "RopeConfig", "UnsupportedModel"]
@@ -29,7 +30,7 @@ _MISTRAL_WINDOW = 4096  # transformers' default where the key is absent; null is
 _DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # likewise, of Llama and Mistral
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(Refusal):
     """The architecture is not one of those known; the message names both."""
 
 

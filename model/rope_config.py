@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.refusal import Refusal
+
 ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
 _LARGEST = (1 << 31) - 1
 _LARGEST_FACTOR = 10_000.0
 
 
-class InvalidConfig(ValueError):
+class InvalidConfig(Refusal):
     """A value is missing or makes no sense; the message names the key."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from model.refusal import Refusal
 
-class CheckpointError(ValueError):
+
+class CheckpointError(Refusal):
     """The checkpoint cannot be served; the message says what is wrong and what to do."""
 
 

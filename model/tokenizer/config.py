@@ -7,12 +7,14 @@ is left unread on purpose: it alters text.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.documents import MAX_BYTES, read_optional_json
+from model.checkpoint.errors import CheckpointError
 from model.tokenizer.special import AddedToken
 
 _NAMES = (
@@ -25,8 +27,10 @@ _NAMES = (
     "mask_token",
 )
 
+_MAX_ID = 1 << 31
 
-class TokenizerError(ValueError):
+
+class TokenizerError(CheckpointError):
     """A tokenizer file that is missing, damaged or of a kind not known; the message says what to
     do.
     """
@@ -77,15 +81,10 @@ def read_config(folder: Path) -> TokenizerConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path.name} holds no JSON object")
-    return found
+        return read_optional_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _declared(
@@ -94,14 +93,22 @@ def _declared(
     """Tokens with a stated id: added_tokens.json, overruled by added_tokens_decoder."""
     special = {_spelling(names.get(name)) for name in _NAMES}
     extra = names.get("additional_special_tokens") or names.get("extra_special_tokens") or []
-    special.update(
-        _spelling(token) for token in (extra if isinstance(extra, list) else extra.values())
-    )
-    found = {token: AddedToken(token, text, text in special) for text, token in added.items()}
-    for key, stated in (main.get("added_tokens_decoder") or {}).items():
-        text = str(stated["content"])
-        found[int(key)] = AddedToken(
-            id=int(key),
+    if not isinstance(extra, list | dict):
+        raise TokenizerError(f"the additional special tokens are {extra!r}, not a list of tokens")
+    special.update(map(_spelling, extra if isinstance(extra, list) else extra.values()))
+    found = {}
+    for text, stated in added.items():
+        token = _token_id(stated)
+        found[token] = AddedToken(token, require_text(text), text in special)
+    decoder = main.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError("added_tokens_decoder is no table of tokens")
+    for key, stated in decoder.items():
+        if not isinstance(stated, dict):
+            raise TokenizerError(f"added_tokens_decoder says {stated!r} of token {key}")
+        token, text = _token_id(key), require_text(stated.get("content"))
+        found[token] = AddedToken(
+            id=token,
             text=text,
             special=bool(stated.get("special")) or text in special,
             lstrip=bool(stated.get("lstrip")),
@@ -116,22 +123,57 @@ def _chat_templates(folder: Path, main: dict[str, Any]) -> dict[str, str]:
     stated = main.get("chat_template")
     if not stated:
         stated = read_json(folder / "chat_template.json").get("chat_template")
-    templates = named_templates(stated)
+    templates = _named_templates(stated)
     alone = folder / "chat_template.jinja"
     if alone.is_file():
-        templates["default"] = alone.read_text(encoding="utf-8")
+        templates["default"] = _read_template(alone)
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = _read_template(path)
     return templates
 
 
-def named_templates(stated: Any) -> dict[str, str]:
+def _read_template(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TokenizerError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path.name} is not UTF-8: {error}") from error
+
+
+def _named_templates(stated: Any) -> dict[str, str]:
     """One template, or a list of {name, template}, as name to source."""
     if isinstance(stated, str):
-        return {"default": stated}
-    if isinstance(stated, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in stated}
-    return {}
+        return {"default": require_text(stated)}
+    if not isinstance(stated, list):
+        return {}
+    named = {}
+    for entry in stated:
+        if not isinstance(entry, dict):
+            raise TokenizerError("chat_template is neither a text nor a list of named ones")
+        named[require_text(entry.get("name"))] = require_text(entry.get("template"))
+    return named
+
+
+def require_text(stated: Any) -> str:
+    """What is no text, or one that UTF-8 cannot carry, is refused before a client meets it."""
+    if not isinstance(stated, str):
+        raise TokenizerError(f"{stated!r} stands where a text should be")
+    try:
+        stated.encode()
+    except UnicodeEncodeError:
+        raise TokenizerError(f"{stated!r} is no text: it holds half a character") from None
+    return stated
+
+
+def _token_id(stated: Any) -> int:
+    """A number, or its digits."""
+    is_number = isinstance(stated, int) and not isinstance(stated, bool)
+    if isinstance(stated, str) and re.fullmatch("[0-9]{1,10}", stated):
+        stated, is_number = int(stated), True
+    if not is_number or not 0 <= stated < _MAX_ID:
+        raise TokenizerError(f"{stated!r} stands where a token's number should be")
+    return int(stated)
 
 
 def _flag(main: dict[str, Any], name: str) -> bool | None:
@@ -142,12 +184,12 @@ def _flag(main: dict[str, Any], name: str) -> bool | None:
 def _spelling(stated: Any) -> str | None:
     """A token named by its text or by an object that holds it."""
     text = stated.get("content") if isinstance(stated, dict) else stated
-    return text if isinstance(text, str) and text else None
+    return require_text(text) if isinstance(text, str) and text else None
 
 
 def _ids(stated: Any) -> tuple[int, ...]:
     listed = stated if isinstance(stated, list) else [stated]
-    return tuple(token for token in listed if isinstance(token, int))
+    return tuple(token for token in listed if type(token) is int and 0 <= token < _MAX_ID)
 
 
 def _first(ids: tuple[int, ...]) -> int | None:

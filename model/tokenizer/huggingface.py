@@ -14,7 +14,8 @@ from typing import Any
 import tokenizers
 
 from model.tokenizer.config import TokenizerConfig, TokenizerError
-from model.tokenizer.interface import Segment, Tokenizer
+from model.tokenizer.interface import Segment, TextNotEncodable, Tokenizer
+from model.tokenizer.native import refusing
 from model.tokenizer.special import AddedToken
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -221,7 +222,8 @@ def _renumbering(library: tokenizers.Tokenizer, ids: dict[str, int]) -> dict[int
 
 def _run(library: tokenizers.Tokenizer, text: str, renumbering: dict[int, int]) -> list[int]:
     """Encodes without the interpreter lock (only the batch call releases it)."""
-    ids: list[int] = library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    with refusing(lambda why: TextNotEncodable(f"the tokenizer fails on this text: {why}")):
+        ids: list[int] = library.encode_batch_fast([text], add_special_tokens=False)[0].ids
     if renumbering and not renumbering.keys().isdisjoint(ids):
         return [renumbering.get(token, token) for token in ids]
     return ids

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.tokenizer.config import TokenizerError, read_config
 from model.tokenizer.interface import Tokenizer
+from model.tokenizer.native import refusing
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _LFS_POINTER = b"version https://git-lfs"
@@ -20,6 +21,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     TokenizerError saying what is missing.
     """
     file = _tokenizer_file(Path(path))
+    with refusing(lambda why: TokenizerError(f"{file.name} makes no tokenizer: {why}")):
+        return _load(file)
+
+
+def _load(file: Path) -> Tokenizer:
     with file.open("rb") as opened:
         head = opened.read(4096)
     if head.startswith(_LFS_POINTER):
