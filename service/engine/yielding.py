@@ -3,8 +3,8 @@
 A place is a running slot, or pages. An account with twice as much of them for its weight as one
 that waits, even after some have passed from one to the other, gives up those of its youngest; to an
 account without any, with as much. That can only bring both closer to their shares, so nothing goes
-back and forth, and what is left is evened out as sequences end. What is given up is computed again, or
-found in the prefix cache; a sequence gives way anew only when it has got as far again as it was
+back and forth, and what is left is evened out as sequences end. What is given up is computed again,
+or found in the prefix cache; a sequence gives way anew only when it has got as far again as it was
 thrown back, so that at most every second token is computed in vain.
 """
 
