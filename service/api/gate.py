@@ -7,9 +7,15 @@ so that no more requests are between their last byte and the engine's answer tha
 
 from __future__ import annotations
 
-from service.api.exchange import Exchange
+from service.api.exchange import Caller, Exchange
+from service.engine.messages import State
 from service.errors import Overloaded
 from service.registry import ModelRegistry
+
+
+def _room(state: State, caller: Caller) -> int:
+    """A queue that others have filled has room left for who has less than its share of it."""
+    return state.room or (0 if caller.id in state.crowding else state.spare_room)
 
 
 class Gate:
@@ -21,15 +27,15 @@ class Gate:
         self._models = models
         self._most = most_entering
 
-    def check(self) -> None:
-        """Raises ``Overloaded`` where a request for tokens would find no room."""
+    def check(self, caller: Caller) -> None:
+        """Raises ``Overloaded`` where its request for tokens would find no room."""
         states = [
             engine.state
             for model in self._models.models
             for engine in model.engines
             if engine.is_ready
         ]
-        if states and self.num_entering >= sum(state.room for state in states):
+        if states and self.num_entering >= sum(_room(state, caller) for state in states):
             raise Overloaded(
                 "The queue is full. Try again after the time in Retry-After.",
                 retry_after=min(state.retry_after for state in states),
@@ -38,7 +44,7 @@ class Gate:
     def enter(self, exchange: Exchange) -> None:
         """Its body is here; whoever only promises one holds no place. Raises ``Overloaded``."""
         if exchange.is_generation:
-            self.check()
+            self.check(exchange.caller)
         elif self.num_entering >= self._most:
             raise Overloaded(
                 f"{self._most} requests are being read. Try again after the time in Retry-After.",

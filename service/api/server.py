@@ -69,7 +69,7 @@ class Server:
         self.metrics.receive(exchange)
         if self.is_refusing:
             raise draining()
-        self.gate.check()
+        self.gate.check(exchange.caller)
         return exchange
 
     def require_admin(self, request: Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.engine.messages import Submit
 from service.engine.waiting import Standing, WaitingQueue
@@ -57,6 +58,16 @@ def _remedy(prompt: int, room: int) -> str:
     return f"Send a prompt of fewer than {room} tokens."
 
 
+class Room(NamedTuple):
+    """How many more sequences the queue takes: of anybody, and once it is full of others than
+    those who crowd it."""
+
+    anybody: int
+    retry_after: float  # seconds
+    spare: int = 0
+    crowding: list[str] = []  # accounts
+
+
 @dataclass(frozen=True)
 class QueueBounds:
     """An engine with a free slot and nobody waiting takes any one request, whatever its size.
@@ -68,11 +79,19 @@ class QueueBounds:
     max_queued_requests: int  # choices
     max_queued_tokens: int  # prompt tokens
 
-    def room(self, queue: WaitingQueue, free_slots: int) -> int:
-        """Sequences that would be taken in now, were their prompts short."""
-        if queue.tokens >= self.max_queued_tokens and (len(queue) or free_slots <= 0):
-            return 0
-        return max(0, self.max_queued_requests + free_slots - len(queue))
+    def room(self, queue: WaitingQueue, free_slots: int, seconds_for: SecondsFor) -> Room:
+        """What would be taken in now, were the prompts short."""
+        num_choices, num_tokens = len(queue), queue.tokens
+        max_choices, max_tokens = self.max_queued_requests + free_slots, self.max_queued_tokens
+        is_idle = not num_choices and free_slots > 0
+        has_room = is_idle or num_tokens < max_tokens
+        retry_after = self.retry_after(num_choices + 1, num_tokens, free_slots, seconds_for)
+        if has_room and num_choices < max_choices:
+            return Room(max_choices - num_choices, retry_after)
+        crowding = queue.accounts_above(max_choices)
+        may_share = bool(crowding) and num_tokens < 2 * max_tokens
+        spare = max(0, 2 * max_choices - num_choices) if may_share else 0
+        return Room(0, retry_after, spare, crowding)
 
     def retry_after(
         self,

@@ -307,7 +307,7 @@ class EngineLoop(Generic[Launched]):
         gauges, told = self._scheduler.gauges(), self._pulse.state
         table = self._scheduler.adapters
         running, waiting = self._scheduler.adapters_in_use() if table.num_slots else ([], [])
-        room, retry_after = self._scheduler.room()
+        room = self._scheduler.room()
         state = State(
             stage="draining" if self._is_draining else "ready",
             progress=1.0,
@@ -315,8 +315,10 @@ class EngineLoop(Generic[Launched]):
             running=gauges.running,
             waiting=gauges.waiting,
             waiting_tokens=gauges.waiting_tokens,
-            room=room,
-            retry_after=retry_after,
+            room=room.anybody,
+            spare_room=room.spare,
+            crowding=room.crowding,
+            retry_after=room.retry_after,
             num_blocks=self._scheduler.pool.num_usable,
             free_blocks=gauges.free_blocks,
             block_size=self._scheduler.pool.block_size,

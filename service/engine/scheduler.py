@@ -27,7 +27,7 @@ from collections.abc import Sequence as Collection
 from typing import TYPE_CHECKING, Literal
 
 from service.engine.adapters import AdapterTable
-from service.engine.admission import QueueBounds, RequestLimits
+from service.engine.admission import QueueBounds, RequestLimits, Room
 from service.engine.ahead import feed, may_run_ahead
 from service.engine.blocks import BlockPool
 from service.engine.costs import StepCosts
@@ -124,12 +124,9 @@ class Scheduler:
         waiting = self._waiting
         return Gauges(len(self._lineup.running), len(waiting), waiting.tokens, self.pool.num_free)
 
-    def room(self) -> tuple[int, float]:
-        """Sequences the queue would take in now; seconds after which one refused may come again."""
-        queue, free_slots = self._waiting, max(self._lineup.free_slots, 0)
-        return self._bounds.room(queue, free_slots), self._bounds.retry_after(
-            len(queue) + 1, queue.tokens, free_slots, self.rate.seconds_for
-        )
+    def room(self) -> Room:
+        free_slots = max(self._lineup.free_slots, 0)
+        return self._bounds.room(self._waiting, free_slots, self.rate.seconds_for)
 
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of those that run, and of those waited for."""

@@ -93,6 +93,17 @@ async def test_a_full_queue_refuses_before_it_reads_a_byte(engine: FakeEngine) -
     assert engine.submitted == []
 
 
+async def test_a_queue_that_one_key_has_filled_is_open_to_others(engine: FakeEngine) -> None:
+    app = make_app(engine, api_key=["crowd", "victim"])
+    crowd = app.state.server.keyring.find("crowd").id
+    engine.state = replace(FULL, spare_room=3, crowding=[crowd])
+    async with talking_to(app) as client:
+        for key, status in (("crowd", 429), ("victim", 200)):
+            headers = {"Authorization": f"Bearer {key}"}
+            response = await client.post(URL, json={"prompt": "Hi"}, headers=headers)
+            assert response.status_code == status, response.text
+
+
 async def test_what_needs_no_place_is_served_beside_a_full_queue(full: httpx.AsyncClient) -> None:
     response = await full.post("/tokenize", json={"prompt": "Hi"})
     assert response.status_code == 200, response.text

@@ -24,9 +24,9 @@ def a_scheduler(max_queued_requests: int, max_queued_tokens: int) -> Scheduler:
     )
 
 
-def ask(number: int, num_tokens: int, n: int = 1) -> Submit:
+def ask(number: int, num_tokens: int, n: int = 1, account: str = "") -> Submit:
     settings = [SamplingSettings(max_tokens=4, choice=choice) for choice in range(n)]
-    return Submit(number, [1] * num_tokens, settings)
+    return Submit(number, [1] * num_tokens, settings, account=account)
 
 
 def refusal(scheduler: Scheduler, submit: Submit) -> Overloaded | None:
@@ -49,12 +49,12 @@ def test_room_is_what_the_queue_takes(
     for number, (num_tokens, n) in enumerate(sizes):
         refusal(scheduler, ask(number, num_tokens, n))
     number = len(sizes)
-    while (room := scheduler.room()[0]) > 0:
+    while (room := scheduler.room().anybody) > 0:
         refused = refusal(scheduler, ask(number, 1))
         assert refused is None, f"{room} were promised"
-        assert scheduler.room()[0] < room
+        assert scheduler.room().anybody < room
         number += 1
-    _, seconds = scheduler.room()
+    seconds = scheduler.room().retry_after
     refused = refusal(scheduler, ask(number, 1))
     assert refused is not None
     assert refused.retry_after is not None
@@ -63,4 +63,22 @@ def test_room_is_what_the_queue_takes(
 
 def test_free_slots_are_room() -> None:
     scheduler = a_scheduler(1, 1000)
-    assert scheduler.room()[0] == 1 + NUM_SLOTS
+    assert scheduler.room().anybody == 1 + NUM_SLOTS
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), max_size=40))
+def test_a_full_queue_names_those_who_get_no_more_of_it(asks: list[tuple[str, int]]) -> None:
+    """Whoever crowds it is refused as it says, whoever does not is taken in."""
+    scheduler = a_scheduler(6, 1000)
+    for number, (account, num_tokens) in enumerate(asks):
+        refusal(scheduler, ask(number, num_tokens, account=account))
+    number = len(asks)
+    while (room := scheduler.room()).anybody:
+        assert refusal(scheduler, ask(number, 1, account="a")) is None
+        number += 1
+    for account in "abcd":
+        promised = account not in room.crowding and room.spare > 0
+        refused = refusal(scheduler, ask(number, 1, account=account))
+        assert (refused is None) == promised, (account, room)
+        number += 1
+        room = scheduler.room()
