@@ -116,6 +116,7 @@ class Ledger:
 
     def _run(self) -> None:
         self._try(self._check)
+        self._try(self._fold)
         while not self._closing.is_set():
             self._arrived.wait(FOLD_INTERVAL)
             self._closing.wait(self._interval)
