@@ -16,13 +16,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from service.api.app import create_app
 from service.errors import Overloaded
-from service.key_metrics import KeyMetrics
 from service.ledger.ledger import Ledger
 from service.ledger.record import Record
 from service.ledger.report import Range, records
 from service.ledger.store import Store
 from service.registry import ModelRegistry
 from service.settings import Settings
+from service.usage_metrics import UsageMetrics
 from tests.api.conftest import Reader, scope_of, talking_to, until
 from tests.api.fakes import FakeEngine, say, served
 
@@ -253,7 +253,7 @@ async def test_metrics_tell_usage_by_key_and_how_the_ledger_fares(
 
 def test_names_past_the_bound_share_one_label() -> None:
     registry = CollectorRegistry()
-    metrics = KeyMetrics(registry, max_names=3)
+    metrics = UsageMetrics(registry, max_names=3)
     for number in range(10):
         metrics.note(Record(0, "r", key_name=f"k{number}", generated_tokens=2), "finished")
     metrics.note(Record(0, "r", key_name="k0", generated_tokens=2), "finished")
