@@ -36,6 +36,7 @@ def kept(
     What was asked for by name must be possible, else ``LedgerProblem``; the default place may be
     missing (a read-only container), which is said in one line.
     """
+    wanted = wanted or None  # an empty variable is no name
     if wanted == NONE or (wanted is None and not by_default):
         yield None
         return
@@ -56,7 +57,7 @@ def kept(
 
 def find_path(wanted: str | None) -> Path:
     """Raises ``RuntimeError`` where the user has no home."""
-    return default_path() if wanted is None else Path(wanted).expanduser()
+    return Path(wanted).expanduser() if wanted else default_path()
 
 
 def open_store(wanted: str | None) -> Store:

@@ -17,7 +17,7 @@ from rich.table import Table
 from service.ledger.record import Record
 from service.ledger.report import Report
 
-SHOWN = {  # of the sums, in a table
+SHOWN = {  # of the sums, in a table, and their headings
     "requests": "requests",
     "error": "failed",
     "cancelled": "cancelled",
@@ -29,40 +29,39 @@ SHOWN = {  # of the sums, in a table
     "total_seconds": "seconds",
     "energy_joules": "joules",
 }
+PIPE_WIDTH = 200  # columns, where no terminal says
 NOBODY = "(no key)"
+UNKNOWN = "(not known)"  # refused before a model was found
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets run when a cell begins with it
 
 
 def print_table(report: Report, title: str) -> None:
+    sums = dict(zip(report.columns[len(report.labels) :], report.total, strict=True))
+    shown = [name for name in SHOWN if name != "energy_joules" or sums[name] is not None]
     table = Table(title=title, title_justify="left")
-    for label in report.labels:
-        table.add_column(label.replace("_", " "), overflow="fold")
-    for heading in SHOWN.values():
-        table.add_column(heading, justify="right")
-    width = len(report.labels)
+    table.add_column(report.labels[-1].removeprefix("key_"), overflow="fold")
+    for name in shown:
+        table.add_column(SHOWN[name], justify="right", no_wrap=True)
     for row in report.rows:
-        labels = [_label(name, row) for name, row in zip(report.labels, row, strict=False)]
-        table.add_row(*labels, *_figures(report, row[width:]))
+        known = dict(zip(report.columns, row, strict=True))
+        table.add_row(_label(report, row), *(_figure(known[name]) for name in shown))
     table.add_section()
-    table.add_row("all", *[""] * (width - 1), *_figures(report, report.total))
-    Console().print(table, markup=False)
+    table.add_row("all", *(_figure(sums[name]) for name in shown))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
     for note in report.notes:
         print(note, file=sys.stderr)
 
 
-def _label(name: str, value: object) -> str:
-    text = str(value or "")
-    return text or (NOBODY if name == "key_name" else "-")
+def _label(report: Report, row: Sequence[object]) -> str:
+    """The last label that is known: a key's name before its id, an adapter before its model."""
+    known = [str(value) for value in row[: len(report.labels)] if value]
+    return known[-1] if known else NOBODY if report.labels[-1] == "key_name" else UNKNOWN
 
 
-def _figures(report: Report, sums: Sequence[object]) -> Iterator[str]:
-    known = dict(zip(report.columns[len(report.labels) :], sums, strict=True))
-    for name in SHOWN:
-        value = known[name]
-        if value is None:
-            yield "-"
-        else:
-            yield f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+def _figure(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
 
 
 def write_csv(columns: Sequence[str], rows: Iterable[Sequence[object]], target: str) -> None:
