@@ -67,6 +67,7 @@ def _connection(settings: ChatSettings, console: Console) -> Iterator[httpx.Clie
 def _private_server(model: str | None, socket: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else [])]
     command += ["--uds", str(socket), "--no-sample", "--log-level", "warning"]
+    command += ["--ledger", "none"]  # nobody is charged for a private chat
     process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is the chat's alone
     try:
         yield process

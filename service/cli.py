@@ -1,4 +1,4 @@
-"""The command ``pronk``: serve, keys, batch, chat, quantize, eval, bench, doctor, version.
+"""The command ``pronk``: serve, keys, batch, chat, quantize, eval, bench, usage, doctor, version.
 
 Torch is imported only inside a command.
 """
@@ -215,6 +215,42 @@ def check_dtype(dtype: str) -> str:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         fail(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}", code=2)
     return dtype
+
+
+class By(StrEnum):
+    """What a row of ``usage`` stands for."""
+
+    KEY = "key"
+    MODEL = "model"
+    DAY = "day"
+    HOUR = "hour"
+    REQUEST = "request"
+
+
+@app.command()
+def usage(
+    ledger: Annotated[
+        str | None,
+        typer.Option(envvar="PRONK_LEDGER", help="The file; default: the one pronk serve writes"),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="A date or time (UTC), or so long ago: 30m, 24h, 7d")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Before this date or time; as --since")] = None,
+    key: Annotated[str | None, typer.Option(help="Of the key of this name or id alone")] = None,
+    by: Annotated[By, typer.Option(help="What a row stands for")] = By.KEY,
+    csv: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write CSV to a file; - is standard output")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Report tokens, requests and seconds from the usage ledger of pronk serve."""
+    from service.ledger.cli import UsageProblem, UsageSettings, report_usage
+
+    try:
+        report_usage(UsageSettings(ledger, since, until, key, by.value, csv, json))
+    except UsageProblem as problem:
+        fail(str(problem))
 
 
 @app.command()

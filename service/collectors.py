@@ -15,6 +15,7 @@ from service.engine.messages import State
 from service.registry import ModelRegistry
 
 if TYPE_CHECKING:
+    from service.ledger.ledger import Ledger
     from service.metrics import EngineMetrics
 
 VLLM, OWN = "vllm:", "pronk:"
@@ -175,6 +176,31 @@ class ConnectionStates(Collector):
         tasks = GaugeMetricFamily(OWN + "event_loop_tasks", "Tasks of the HTTP process")
         tasks.add_metric([], len(asyncio.all_tasks()))
         yield tasks
+
+
+class LedgerState(Collector):
+    """How the usage ledger fares; absent where none is kept."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        ledger = self.ledger
+        yield CounterMetricFamily(
+            OWN + "ledger_records", "Usage records written", value=ledger.num_written
+        )
+        yield CounterMetricFamily(
+            OWN + "ledger_dropped", "Usage records lost for want of room", value=ledger.num_dropped
+        )
+        yield GaugeMetricFamily(
+            OWN + "ledger_unwritten", "Usage records that wait", value=ledger.num_unwritten
+        )
+        yield GaugeMetricFamily(
+            OWN + "ledger_writable", "0 while its file refuses", value=ledger.trouble is None
+        )
 
 
 Rows = list[tuple[list[str], State]]

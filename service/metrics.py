@@ -17,19 +17,23 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.api.exchange import Exchange
+from service.api.exchange import Exchange, Outcome
 from service.collectors import (
     LABELS,
     OWN,
     VLLM,
     ConnectionStates,
     EngineStates,
+    LedgerState,
     OwnStates,
     Twice,
 )
 from service.connections import Connections
 from service.engine.messages import Output, Outputs, State
+from service.ledger.ledger import Ledger
+from service.ledger.record import Record
 from service.registry import Engine, ModelRegistry, ServedModel
+from service.usage_metrics import UsageMetrics
 
 FIRST_TOKEN = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
@@ -63,7 +67,7 @@ def token_buckets(longest: int) -> list[float]:
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, models: ModelRegistry) -> None:
+    def __init__(self, models: ModelRegistry, ledger: Ledger | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double every series
         self.registry = CollectorRegistry()
         inner = CollectorRegistry()
@@ -72,6 +76,7 @@ class Metrics:
         inner.register(EngineStates(models))
         self.registry.register(Twice(inner))
         self._http = HttpMetrics(self.registry)
+        self._usage = UsageMetrics(self.registry)
         self._engines: dict[tuple[str, int], EngineMetrics] = {}
         for model in models.models:
             for number, engine in enumerate(model.engines):
@@ -79,6 +84,8 @@ class Metrics:
                 engine.observers.append(metrics.observe)
                 self._engines[model.name, number] = metrics
         self.registry.register(OwnStates(models, self._engines))
+        if ledger is not None:
+            self.registry.register(LedgerState(ledger))
 
     def of(self, model: ServedModel, engine: Engine) -> EngineMetrics:
         return self._engines[model.name, list(model.engines).index(engine)]
@@ -106,6 +113,9 @@ class Metrics:
         if exchange.is_generation:
             self._http.outcomes[exchange.settle()].inc()
             self._http.in_flight.dec()
+
+    def note_usage(self, record: Record, outcome: Outcome) -> None:
+        self._usage.note(record, outcome)
 
 
 class HttpMetrics:

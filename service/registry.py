@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from service import __version__
 from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit
+from service.engine.tally import Tally
 from service.errors import ModelNotAllowed, ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ class Engine(Protocol):
         pooling: str = "",
         logprobs_from: int = 1,
         is_continuation: bool = False,
+        tally: Tally | None = None,
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel.
 
         ``is_continuation`` of a request that was taken before: a draining engine takes it, too.
+        ``tally`` is told of everything that comes of it, also of what nobody reads.
         """
 
     def estimate(self, submits: list[Submit]) -> Coroutine[None, None, dict[str, object]]:

@@ -32,6 +32,8 @@ from service.engine.messages import State
 from service.engine.options import EngineOptions
 from service.errors import EngineFailure
 from service.keys.file import KeysProblem
+from service.ledger.ledger import Ledger
+from service.ledger.location import LedgerProblem, kept
 from service.logs import configure_logging
 from service.registry import (
     ModelRegistry,
@@ -83,8 +85,28 @@ def serve_until_stopped(settings: Settings) -> int:
         socket = listener.bind(settings)
     except listener.CannotListen as error:
         raise ServeProblem(str(error)) from None
-    with contextlib.closing(socket), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Server(settings, source, socket).run())
+    try:
+        # Closed last: the loop's end closes exchanges, and each still writes its record.
+        with (
+            contextlib.closing(socket),
+            usage_ledger(settings) as ledger,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            return runner.run(Server(settings, source, socket, ledger).run())
+    except LedgerProblem as problem:
+        raise ServeProblem(str(problem)) from None
+
+
+def usage_ledger(
+    settings: Settings, *, by_default: bool = True
+) -> contextlib.AbstractContextManager[Ledger | None]:
+    """Entering it raises ``LedgerProblem`` where one was asked for and cannot be kept."""
+    return kept(
+        settings.ledger,
+        max_records=settings.ledger_records,
+        max_days=settings.ledger_days,
+        by_default=by_default,
+    )
 
 
 def find_model(reference: str | None) -> Source:
@@ -162,7 +184,7 @@ class Backend:
     ``pronk serve`` listens for it, ``pronk batch`` reads a file.
     """
 
-    def __init__(self, settings: Settings, source: Source) -> None:
+    def __init__(self, settings: Settings, source: Source, ledger: Ledger | None = None) -> None:
         self.settings = settings
         self.source = source
         model = settings.speculative_model
@@ -180,7 +202,7 @@ class Backend:
             for name, folder in settings.adapters.items()
         }
         try:
-            self.app: FastAPI = create_app(settings, ModelRegistry([self.model]))
+            self.app: FastAPI = create_app(settings, ModelRegistry([self.model]), ledger)
         except KeysProblem as problem:
             raise ServeProblem(str(problem)) from None
 
@@ -222,8 +244,14 @@ class Backend:
 class Server(Backend):
     """One HTTP process with its engine, from start to end."""
 
-    def __init__(self, settings: Settings, source: Source, socket: listener.Socket) -> None:
-        super().__init__(settings, source)
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        socket: listener.Socket,
+        ledger: Ledger | None = None,
+    ) -> None:
+        super().__init__(settings, source, ledger)
         self.socket = socket
         self.http = HttpServer(self._uvicorn_config(), self._book())
         self.code = 0

@@ -300,6 +300,19 @@ class Settings(BaseSettings):
         False, description="Let requests bring a chat template of their own"
     )
 
+    # ---- the usage ledger
+    ledger: str | None = Field(
+        None,
+        description="The file that keeps a record of each request's usage (SQLite, on a local "
+        "disk), or none; default: pronk/usage.db in the user's state folder, if it can be written",
+    )
+    ledger_records: int = Field(
+        1_000_000, ge=1, description="Records kept one by one; older ones become daily sums"
+    )
+    ledger_days: float = Field(
+        400, gt=0, description="Days for which records are kept one by one; sums are kept for 1,100"
+    )
+
     # ---- life
     drain_delay: float = Field(
         0.0, ge=0, description="Seconds to go on serving after SIGTERM while /readyz is already 503"

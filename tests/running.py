@@ -75,7 +75,12 @@ def serving(
     port = port or free_port()
     command = [sys.executable, "-m", "service.cli", "serve", *arguments, "--port", str(port)]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PRONK_")}
-    inherited |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default", **environment}
+    inherited |= {
+        "PRONK_LEDGER": "none",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "default",
+        **environment,
+    }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=inherited, cwd=tempfile.gettempdir()

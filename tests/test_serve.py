@@ -50,6 +50,7 @@ class Reader(threading.Thread):
 
 def pronk(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PRONK_")}
+    environment["PRONK_LEDGER"] = "none"
     return subprocess.run(
         [sys.executable, "-m", "service.cli", *arguments],
         cwd=ROOT,

@@ -30,10 +30,12 @@ from service.api.exchange import exchange_of
 from service.api.gate import Gate
 from service.api.middleware import BodyBounds, Edge, OverLimit
 from service.api.openapi import describe
+from service.api.recorder import Recorder
 from service.api.server import Server, server_of
 from service.errors import PronkError
 from service.keys.keyring import Keyring
 from service.keys.metrics import KeyMetrics
+from service.ledger.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import ModelRegistry
 from service.settings import Settings
@@ -54,8 +56,11 @@ ROUTED = (
 REFUSED_ADMISSION = (429, 503)
 
 
-def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
-    """The service in front of ``registry``'s engines, which are started and stopped elsewhere.
+def create_app(
+    settings: Settings, registry: ModelRegistry, ledger: Ledger | None = None
+) -> FastAPI:
+    """The service in front of ``registry``'s engines, which are started and stopped elsewhere, as
+    is the ``ledger``.
 
     Raises ``KeysProblem`` where the keys file cannot be used. Whoever runs the app lets
     ``app.state.server.keyring.watch()`` run beside it.
@@ -70,12 +75,11 @@ def create_app(settings: Settings, registry: ModelRegistry) -> FastAPI:
         openapi_url="/openapi.json" if settings.docs else None,
         redirect_slashes=False,
     )
-    metrics = Metrics(registry)
+    metrics = Metrics(registry, ledger)
     keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
+    key_metrics = KeyMetrics(metrics.registry, keyring)
     gate = Gate(registry, settings.max_queued_requests)
-    server = Server(
-        settings, registry, metrics, app.state, keyring, KeyMetrics(metrics.registry, keyring), gate
-    )
+    server = Server(settings, registry, metrics, app.state, keyring, key_metrics, gate, ledger)
     for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
@@ -107,13 +111,15 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
         )
     app.add_middleware(OverLimit)
-    app.add_middleware(Edge, metrics=server.metrics, gate=server.gate)
+    recorder = Recorder(server.ledger, server.metrics)
+    app.add_middleware(Edge, metrics=server.metrics, gate=server.gate, recorder=recorder)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """The envelope; refused admissions are counted by their reason, refused keys by theirs."""
     assert isinstance(error, PronkError)
     exchange, server = exchange_of(request.scope), server_of(request)
+    exchange.meter.code = error.code or ""
     server.key_metrics.note(exchange.caller.name, error)
     if exchange.is_generation and error.status in REFUSED_ADMISSION:
         server.metrics.reject(server.models.models[0], error.code or "other")

@@ -15,6 +15,7 @@ from service.api.body import read_body
 from service.api.conversation import Chat, prepare
 from service.api.jobs import respond
 from service.api.logprobs import LogprobWriter
+from service.api.meter import Meter
 from service.api.openapi import documented
 from service.api.reading import AnswerReader, CallDelta, Delta, ReasoningCount, joined
 from service.api.schemas.answers import PromptLogprobs, Usage
@@ -111,6 +112,13 @@ class ChatShape:
         usage.completion_tokens_details.reasoning_tokens = sum(
             count.num_tokens for count in self._thoughts.values()
         )
+
+    def account(self, meter: Meter) -> None:
+        meter.num_reasoning = sum(count.num_tokens for count in self._thoughts.values())
+        for index, reason in meter.endings.items():
+            reader = self._readers.get(index)
+            if reason == "stop" and reader is not None and reader.has_calls:
+                meter.endings[index] = "tool_calls"
 
     def _finish_reason(self, event: Event) -> FinishReason | None:
         if event.finish_reason == "stop" and self._readers[event.index].has_calls:

@@ -16,6 +16,7 @@ from service.api.exchange import Exchange
 from service.api.fill_in_middle import encode_inside, fill_in_middle
 from service.api.jobs import check, make_job, make_sampling, respond, truncation
 from service.api.logprobs import LogprobWriter
+from service.api.meter import Meter
 from service.api.openapi import documented
 from service.api.prompts import encode, off_loop, truncate
 from service.api.sampling import Sampling, check_ids
@@ -191,6 +192,9 @@ class CompletionShape:
 
     def last_chunks(self, usage: Usage) -> list[Struct]:
         return [self._answer([], usage)]
+
+    def account(self, meter: Meter) -> None:
+        """Nothing: a text is no more than its tokens."""
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         choices = [self._choice(event) for event in events]

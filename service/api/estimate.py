@@ -32,6 +32,7 @@ async def estimate(request: Request) -> Response:
     queue, until its first token and for all `max_new_tokens`; whether it would be admitted.
     """
     server = server_of(request)
+    exchange_of(request.scope).is_recorded = True
     fields = await read_either(request)
     model = server.models.get(fields.model, exchange_of(request.scope).caller.models)
     answer = Estimate(model=fields.model or model.name, max_model_len=model.context)

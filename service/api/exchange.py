@@ -10,6 +10,8 @@ from typing import Literal
 
 from starlette.types import Scope
 
+from service.api.meter import Meter
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 REFUSALS = (503, 529)  # of a server that could not take it
 KEY = "pronk.exchange"  # in the ASGI scope
@@ -39,10 +41,12 @@ class Exchange:
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
     caller: Caller = NOBODY
+    is_recorded: bool = False  # one line of the usage ledger is its
     is_generation: bool = False  # counted in received = finished + failed + cancelled + rejected
     is_entering: bool = False  # its body is here, and no engine has taken it yet
     outcome: Outcome | None = None
     status: int | None = None
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def age(self) -> float:

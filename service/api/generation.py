@@ -72,6 +72,7 @@ class Answer:
             self.num_accepted += accepted
             self.num_rejected += output.num_rejected + output.num_accepted - accepted
         if event is not None and event.finish_reason is not None:
+            self.job.meter.end_choice(event.index, event.finish_reason, event.stop_reason)
             if output.finish_reason is None:
                 generation.stop(output.choice)
             self._num_finished += prompt.is_finished
@@ -102,6 +103,8 @@ class Answer:
 
     def close(self, reason: str) -> None:
         """Whatever has not ended yet ended like this."""
+        meter = self.job.meter
+        meter.num_accepted, meter.num_rejected = self.num_accepted, self.num_rejected
         for prompt in self._open.values():
             prompt.close(reason)
 

@@ -110,6 +110,7 @@ def make_job(
         max_queue=_seconds(fields.max_queue_ms),
         prompt_logprobs=max(wanted, default=None),
         request_id=exchange.request_id,
+        meter=exchange.meter,
         arrival=exchange.arrival,
         wave=min(WAVE, server.settings.max_queued_requests),
         log_content=server.settings.log_content,

@@ -17,6 +17,7 @@ from service.api.conversation import Chat
 from service.api.exchange import exchange_of
 from service.api.ignored import ignored_headers
 from service.api.message_input import count_tokens, prepare_message
+from service.api.meter import Meter
 from service.api.models import json_response
 from service.api.openapi import documented
 from service.api.parts import AnswerParts, Change, Part
@@ -114,6 +115,9 @@ class MessageShape:
 
     def last_chunks(self, usage: Usage) -> list[Struct]:
         return [MessageDelta(self._stop, self._usage(usage)), MessageStop()]
+
+    def account(self, meter: Meter) -> None:
+        self._parts.account(meter)
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         [event] = events

@@ -19,6 +19,7 @@ from service.api.authentication import PUBLIC_PATHS
 from service.api.errors import RequestTimeout, error_response, internal_error
 from service.api.exchange import KEY, OVER_LIMIT, Exchange, request_id, route_path
 from service.api.gate import Gate
+from service.api.recorder import Recorder
 from service.errors import Overloaded, RequestTooLarge, TooManyConnections
 from service.metrics import Metrics
 
@@ -36,10 +37,11 @@ ALWAYS = {  # whatever is answered; what a route says itself goes before
 class Edge:
     """Outermost: names the exchange, counts it, and turns what nobody caught into a 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, gate: Gate) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, gate: Gate, recorder: Recorder) -> None:
         self.app = app
         self.metrics = metrics
         self.gate = gate
+        self.recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,7 +72,9 @@ class Edge:
             await error_response(internal_error(), scope)(scope, receive, stamped)
         finally:
             self.gate.leave(exchange)
-            self.metrics.close_exchange(exchange, scope["method"], _handler(scope))
+            handler = _handler(scope)
+            self.metrics.close_exchange(exchange, scope["method"], handler)
+            self.recorder.close(exchange, handler)
 
 
 def _handler(scope: Scope) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from service.api.meter import Meter
 from service.api.reading import AnswerReader, CallDelta, Delta
 from service.api.text import Event, TokenNews
 from service.redaction import Redacted
@@ -72,6 +73,12 @@ class AnswerParts:
     def num_reasoning_tokens(self) -> int:
         """Those that begin before the end of the reasoning, its closing mark included."""
         return bisect_left(self._offsets, self._reader.reasoning_length)
+
+    def account(self, meter: Meter) -> None:
+        """What only the text tells of the one choice that it is."""
+        meter.num_reasoning = self.num_reasoning_tokens
+        if self.has_calls and meter.endings.get(0) == "stop":
+            meter.endings[0] = "tool_calls"
 
     def push(self, event: Event) -> Iterator[Change]:
         """To be taken one by one: a part grows on after its change was told."""

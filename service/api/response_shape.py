@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from service.api.conversation import Chat
 from service.api.logprobs import LogprobWriter
+from service.api.meter import Meter
 from service.api.parts import AnswerParts, Change, Part
 from service.api.response_input import has_logprobs
 from service.api.schemas.answers import Usage
@@ -74,6 +75,9 @@ class ResponseShape:
         response = self._finished(usage)
         last = ResponseCompleted if response.status == "completed" else ResponseIncomplete
         return [last(self._number(), response)]
+
+    def account(self, meter: Meter) -> None:
+        self._parts.account(meter)
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         [event] = events

@@ -19,6 +19,7 @@ from service.api.gate import Gate
 from service.errors import AdminRequired
 from service.keys.keyring import Keyring
 from service.keys.metrics import KeyMetrics
+from service.ledger.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import ModelRegistry, draining
 from service.settings import Settings
@@ -39,6 +40,7 @@ class Server:
     keyring: Keyring
     key_metrics: KeyMetrics
     gate: Gate
+    ledger: Ledger | None = None
     seeds: random.Random = field(default_factory=random.SystemRandom)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     num_open: int = 0  # answers on their way, those between two rounds or waves included
@@ -66,6 +68,7 @@ class Server:
         Raises ``Unavailable`` where none is taken, ``Overloaded`` where it would find no room.
         """
         exchange = exchange_of(request.scope)
+        exchange.is_recorded = True
         self.metrics.receive(exchange)
         if self.is_refusing:
             raise draining()

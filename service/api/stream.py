@@ -20,6 +20,7 @@ from service.api.best_of import choose
 from service.api.errors import envelope, internal_error
 from service.api.exchange import Exchange
 from service.api.generation import Answer, generate
+from service.api.meter import Meter
 from service.api.schemas.answers import Usage
 from service.api.submission import Job
 from service.api.text import Event
@@ -47,6 +48,9 @@ class Shape(Protocol):
         """What carries the usage of a whole stream, after everything else."""
 
     def whole(self, events: list[Event], usage: Usage) -> Struct: ...
+
+    def account(self, meter: Meter) -> None:
+        """Adds what only it knows by now: reasoning tokens, choices that ended in calls."""
 
 
 class StreamUsage(Struct, frozen=True):
@@ -120,8 +124,11 @@ class AnswerResponse(Response):
         else:
             work = self._stream(send, taken)
         with server.answering():
-            if not await until_hangup(work, receive):
-                self.exchange.outcome = "cancelled"
+            try:
+                if not await until_hangup(work, receive):
+                    self.exchange.outcome = "cancelled"
+            finally:
+                self.shape.account(self.exchange.meter)
 
     async def _whole(
         self, scope: Scope, receive: Receive, send: Send, taken: Callable[[], None]
@@ -134,6 +141,7 @@ class AnswerResponse(Response):
         body = msgspec.json.encode(self.shape.whole(events, usage))
         response = Response(body, headers=self.extra_headers, media_type="application/json")
         await response(scope, receive, send)
+        self.exchange.meter.num_told = usage.completion_tokens
 
     async def _stream(self, send: Send, taken: Callable[[], None]) -> None:
         wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers}, self.framing)
@@ -163,6 +171,7 @@ class AnswerResponse(Response):
                     usage = answer.usage(generated)
                 if chunks := self.shape.chunks(event, usage):
                     await wire.write(self._frames(chunks))
+                self.exchange.meter.num_told = generated
         if self.stream.at_end:
             await wire.write(self._frames(self.shape.last_chunks(answer.usage(generated))))
 
@@ -175,6 +184,7 @@ class AnswerResponse(Response):
         if not isinstance(error, PronkError):
             logger.error("request %s failed", self.exchange.request_id, exc_info=error)
             error = internal_error()
+        self.exchange.meter.code = error.code or ""
         return self._frames(self.framing.failure(error))
 
 

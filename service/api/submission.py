@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from service.api.beams import MAX_PATIENCE, search_beams
+from service.api.meter import Meter
 from service.engine.messages import Output, SamplingSettings, Submit
 from service.errors import GrammarRefused, Overloaded
 from service.redaction import Redacted, redacted
@@ -74,6 +75,14 @@ class Job(Redacted):
     pooling: str = ""  # "mean" or "last": final hidden states are asked for, no token
     shown: int | None = None  # of a prompt's n choices, the best so many; None: all
     length_penalty: float | None = None  # of beam search, whose beams are the choices; None: none
+    meter: Meter = field(default_factory=Meter)  # the exchange's
+
+    def __post_init__(self) -> None:
+        meter = self.meter
+        meter.model = self.model.name
+        meter.adapter = "" if self.adapter is None else self.adapter.name
+        meter.num_prompt = self.num_prompt_tokens
+        meter.num_choices = len(self.prompts) * self.n
 
     @property
     def fingerprint(self) -> str:
@@ -165,6 +174,7 @@ class Job(Redacted):
             pooling=self.pooling,
             logprobs_from=logprobs_from,
             is_continuation=is_continuation or not is_whole_prompt,
+            tally=self.meter.tally,
         )
 
 

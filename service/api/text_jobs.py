@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from service.api.exchange import Exchange
 from service.api.ignored import ignored_headers
+from service.api.meter import Meter
 from service.api.prompts import encode
 from service.api.sampling import check_ids
 from service.api.schemas.answers import Usage
@@ -105,6 +106,7 @@ class TextQuestion:
             prompt_logprobs=prompt_logprobs,
             pooling=pooling,
             request_id=exchange.request_id,
+            meter=exchange.meter,
             arrival=exchange.arrival,
             wave=min(WAVE, settings.max_queued_requests),
             log_content=settings.log_content,
@@ -130,6 +132,9 @@ class WholeAnswer:
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         return self._write(events, TextUsage(usage.prompt_tokens, usage.prompt_tokens))
+
+    def account(self, meter: Meter) -> None:
+        """Nothing: no text is generated."""
 
     def chunks(self, event: Event, usage: Usage | UnsetType | None) -> list[Struct]:
         raise AssertionError("never streamed")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import httpx
 
 from service.batch.problem import BatchProblem
-from service.serve import Backend, ServeProblem, find_model
+from service.ledger.location import LedgerProblem
+from service.serve import Backend, ServeProblem, find_model, usage_ledger
 from service.settings import Settings
 
 DEFAULT_CONCURRENCY = 64  # of a server, whose engine's width is not known
@@ -29,21 +30,23 @@ class Endpoint:
 async def own_engine(settings: Settings) -> AsyncIterator[Endpoint]:
     """An engine as ``pronk serve`` starts it, and the same app before it; no socket listens."""
     try:
-        backend = Backend(settings, find_model(settings.model))
-        try:
-            await backend.load()
-            width = int(backend.engine.state.facts["max_num_seqs"])
-            transport = httpx.ASGITransport(app=backend.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(
-                transport=transport,
-                base_url="http://pronk",
-                headers=_authorization(backend.app.state.server.keyring.own_key),
-                timeout=None,  # the engine is watched, an answer takes what it takes
-            ) as client:
-                yield Endpoint(client, WAITING * width, settings.max_body_bytes)
-        finally:
-            await backend.engine.stop()
-    except ServeProblem as problem:
+        # Only where it was asked for: a batch has no keys to charge.
+        with usage_ledger(settings, by_default=False) as ledger:
+            backend = Backend(settings, find_model(settings.model), ledger)
+            try:
+                await backend.load()
+                width = int(backend.engine.state.facts["max_num_seqs"])
+                transport = httpx.ASGITransport(app=backend.app, raise_app_exceptions=False)
+                async with httpx.AsyncClient(
+                    transport=transport,
+                    base_url="http://pronk",
+                    headers=_authorization(backend.app.state.server.keyring.own_key),
+                    timeout=None,  # the engine is watched, an answer takes what it takes
+                ) as client:
+                    yield Endpoint(client, WAITING * width, settings.max_body_bytes)
+            finally:
+                await backend.engine.stop()
+    except (ServeProblem, LedgerProblem) as problem:
         raise BatchProblem(str(problem)) from None
 
 

@@ -19,8 +19,10 @@ from service.engine.generation import Generation
 from service.engine.messages import (
     Accepted,
     Cancel,
+    Cancelled,
     Control,
     FromEngine,
+    Output,
     Outputs,
     Refused,
     Reply,
@@ -31,6 +33,7 @@ from service.engine.messages import (
 from service.engine.options import EngineOptions
 from service.engine.process import WORKER
 from service.engine.supervisor import Patience, Supervisor
+from service.engine.tally import Tally
 
 logger = logging.getLogger("pronk.engine")
 
@@ -59,6 +62,7 @@ class EngineClient:
         self._load_seconds = 10.0  # a guess until a load was timed
         self._next_id = 0
         self._generations: dict[int, Generation] = {}
+        self._left: dict[int, Generation] = {}  # by their readers; the engine may not know it yet
         self._admissions: dict[int, asyncio.Future[None]] = {}
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._adapters = dict(options.adapters)  # name to folder: what a new engine is to load
@@ -191,8 +195,12 @@ class EngineClient:
         pooling: str = "",
         logprobs_from: int = 1,
         is_continuation: bool = False,
+        tally: Tally | None = None,
     ) -> AsyncIterator[Generation]:
-        """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs."""
+        """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs.
+
+        ``tally`` counts all that comes of it, until the engine knows that it was left.
+        """
         submit = Submit(
             id=self._new_id(),
             prompt=prompt,
@@ -212,18 +220,18 @@ class EngineClient:
             logprobs_from=logprobs_from,
             is_continuation=is_continuation,
         )
-        generation = await self._admit(submit)
+        generation = await self._admit(submit, tally or Tally())
         try:
             yield generation
         finally:
             self._leave(generation)
 
-    async def _admit(self, submit: Submit) -> Generation:
+    async def _admit(self, submit: Submit, tally: Tally) -> Generation:
         """Register, send, wait for the answer; a refusal or a hang-up leaves nothing behind."""
         is_draining = self._state.stage == "draining" and self._supervisor.is_connected
         if not (submit.is_continuation and is_draining):
             self._refuse_unless_serving()
-        generation = self._register(submit)
+        generation = self._register(submit, tally)
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._admissions[submit.id] = admission
         try:
@@ -245,11 +253,12 @@ class EngineClient:
         code, message = REFUSALS.get(stage, REFUSALS["restarting"])
         raise errors.Unavailable(message, code=code, retry_after=self.retry_after())
 
-    def _register(self, submit: Submit) -> Generation:
+    def _register(self, submit: Submit, tally: Tally) -> Generation:
         def cancel(choice: int) -> None:
-            self._supervisor.send(Cancel(submit.id, choice))
+            self._cancel(generation, choice)
 
-        generation = Generation(submit.id, len(submit.settings), cancel)
+        generation = Generation(submit.id, len(submit.settings), cancel, tally)
+        tally.begin()
         self._generations[submit.id] = generation
         self._idle.clear()
         return generation
@@ -257,12 +266,30 @@ class EngineClient:
     def _leave(self, generation: Generation) -> None:
         """The one door of cancellation: hang-ups, deadlines, stop strings and ends all pass it."""
         if not generation.is_finished:
-            self._supervisor.send(Cancel(generation.number))
+            self._cancel(generation)
         generation.close()
         self.num_discarded += generation.num_discarded
         self._generations.pop(generation.number, None)
+        if generation.num_cancels:
+            self._left[generation.number] = generation
+        else:
+            generation.tally.end()
         if not self._generations:
             self._idle.set()
+
+    def _cancel(self, generation: Generation, choice: int | None = None) -> None:
+        """Outputs on their way still come: the engine's answer is the last of them."""
+        if not generation.has_failed:
+            generation.num_cancels += 1
+            self._supervisor.send(Cancel(generation.number, choice))
+
+    def _note_cancelled(self, number: int) -> None:
+        generation = self._generations.get(number) or self._left.get(number)
+        if generation is None:
+            return
+        generation.num_cancels -= 1
+        if not generation.num_cancels and self._left.pop(number, None) is not None:
+            generation.tally.end()
 
     def _new_id(self) -> int:
         self._next_id += 1
@@ -280,6 +307,8 @@ class EngineClient:
                 self._settle(message.id, None)
             case Refused():
                 self._settle(message.id, as_error(message))
+            case Cancelled():
+                self._note_cancelled(message.id)
             case Reply():
                 reply = self._replies.get(message.id)
                 if reply is not None and not reply.done():
@@ -302,7 +331,11 @@ class EngineClient:
             if not reply.done():
                 reply.set_exception(errors.EngineFailure(reason))
         for generation in self._generations.values():
+            generation.num_cancels = 0  # nobody is left to answer them
             generation.fail("the engine failed while it answered: try again")
+        left, self._left = self._left, {}
+        for generation in left.values():
+            generation.tally.end()
 
     def _settle(self, number: int, error: errors.PronkError | None) -> None:
         """Answer the submit that waits; one that hung up has left no future behind."""
@@ -324,7 +357,13 @@ class EngineClient:
             if generation is not None:
                 generation.push(output)
             else:
-                self.num_discarded += len(output.tokens)
+                self._note_late(output)
+
+    def _note_late(self, output: Output) -> None:
+        """Sent before the engine knew that nobody reads it."""
+        self.num_discarded += len(output.tokens)
+        if (left := self._left.get(output.id)) is not None:
+            left.tally.note(output)
 
     def _tell(self, message: Outputs | State) -> None:
         for observer in self.observers:

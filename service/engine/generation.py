@@ -8,9 +8,10 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from service.engine.messages import Output
+from service.engine.tally import Tally
 from service.errors import EngineFailure, PronkError
 
-FIRST_ONLY = ("cached_tokens", "prompt_logprobs", "queue_time", "prefill_time")
+FIRST_ONLY = ("prompt_tokens", "cached_tokens", "prompt_logprobs", "queue_time", "prefill_time")
 
 
 class Generation:
@@ -21,9 +22,17 @@ class Generation:
     engine dies.
     """
 
-    def __init__(self, number: int, num_choices: int, cancel: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        num_choices: int,
+        cancel: Callable[[int], None],
+        tally: Tally | None = None,
+    ) -> None:
         self.number = number
+        self.tally = tally or Tally()
         self.num_discarded = 0  # tokens that nobody read: past a stop string, or after a hang-up
+        self.num_cancels = 0  # told to the engine, which has not answered yet
         self._unfinished = set(range(num_choices))
         self._cancel = cancel
         self._pending: dict[int, Output] = {}  # in order of arrival
@@ -33,6 +42,11 @@ class Generation:
     @property
     def is_finished(self) -> bool:
         return not self._unfinished
+
+    @property
+    def has_failed(self) -> bool:
+        """Its engine is gone: nothing can be told to it any more."""
+        return self._failure is not None
 
     def __aiter__(self) -> Generation:
         return self
@@ -57,6 +71,7 @@ class Generation:
 
     def push(self, output: Output) -> None:
         """Called by the client for every output that names this generation."""
+        self.tally.note(output)
         if output.choice not in self._unfinished:
             return self._discard(output)
         if output.finish_reason is not None:

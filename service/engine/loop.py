@@ -18,6 +18,7 @@ from service.engine.grammar_desk import GrammarDesk
 from service.engine.messages import (
     Accepted,
     Cancel,
+    Cancelled,
     Control,
     Outputs,
     Refused,
@@ -127,6 +128,7 @@ class EngineLoop(Generic[Launched]):
                     self._scheduler.cancel(message.id, message.choice, front_end)
                     if self._grammars is not None:
                         self._grammars.cancel(front_end, message.id)
+                    self._connections.send(front_end, Cancelled(message.id))
                 case Lost():
                     self._scheduler.cancel_client(front_end)
                     if self._grammars is not None:

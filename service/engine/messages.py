@@ -109,6 +109,12 @@ class Refused(Redacted, Struct, frozen=True, tag="refused", omit_defaults=True):
     retry_after: float | None = None
 
 
+class Cancelled(Struct, frozen=True, tag="cancelled"):
+    """Answer to every ``Cancel``: no more outputs come of what it named."""
+
+    id: int
+
+
 class TokenLogprob(Redacted, Struct, frozen=True, array_like=True):
     """Raw log-probabilities (before bias, penalties and temperature), natural log."""
 
@@ -129,6 +135,7 @@ class Output(Redacted, Struct, frozen=True, tag="output", omit_defaults=True):
     finish_reason: str | None = None  # stop, length; or error, cancelled (never on the wire)
     stop_reason: int | str | None = None  # stop token id, "deadline"; "grammar" of an error
     error: str | None = None  # with finish_reason "error": what may be told
+    prompt_tokens: int | None = None  # with the first output, where its prompt was computed
     cached_tokens: int | None = None  # with the first output of a request
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first output
     queue_time: float | None = None  # seconds, with the first output
@@ -184,4 +191,4 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
 
 
 ToEngine = Submit | Cancel | Control
-FromEngine = Accepted | Refused | Outputs | Reply | State
+FromEngine = Accepted | Refused | Cancelled | Outputs | Reply | State

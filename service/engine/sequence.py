@@ -168,6 +168,7 @@ class Request:
     def _beside_the_first_output(self, now: float) -> dict[str, Any]:
         started = self.first_scheduled
         return {
+            "prompt_tokens": len(self.submit.prompt) if self.is_prompt_done else None,
             "cached_tokens": self.cached_tokens or 0,
             "prompt_logprobs": None if self.lacks_prompt_logprobs else self.prompt_logprobs,
             "queue_time": (now if started is None else started) - self.arrival,

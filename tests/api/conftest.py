@@ -86,9 +86,9 @@ def scope_of(path: str) -> dict[str, Any]:
     }
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until it holds; five seconds at most."""
-    async with asyncio.timeout(5):
+async def until(condition: Callable[[], object], within: float = 5) -> None:
+    """Wait until it holds; so many seconds at most."""
+    async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110 (what is waited for has no event of its own)
             await asyncio.sleep(0.005)
 

@@ -13,6 +13,7 @@ from model.tokenizer import Segment, Tokenizer
 from model.tokenizer.config import TokenizerConfig
 from model.tokenizer.special import AddedToken
 from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit, TokenLogprob
+from service.engine.tally import Tally
 from service.errors import EngineFailure, PronkError
 from service.registry import ServedModel
 
@@ -136,14 +137,19 @@ class FakeEngine:
         if refusal := self.refusals.get(number, self.refusal):
             raise refusal
         self.live += 1
+        tally = rest.get("tally") or Tally()
+        assert isinstance(tally, Tally)
+        tally.begin()
         wanted = rest.get("prompt_logprobs")
         generation = self.generation(number, prompt, list(settings), wanted)
+        generation.tally = tally
         self.generations.append(generation)
         try:
             yield generation
         finally:
             self.live -= 1
             generation.close()
+            tally.end()
 
     def generation(
         self, number: int, prompt: list[int], settings: list[SamplingSettings], wanted: object
@@ -172,6 +178,7 @@ class FakeGeneration:
         self.prompt_logprobs = prompt_logprobs
         self.outputs = self._outputs(settings)
         self.given = 0
+        self.tally = Tally()
 
     def __aiter__(self) -> FakeGeneration:
         return self
@@ -185,6 +192,7 @@ class FakeGeneration:
         for output in self.outputs:
             if output.choice in self.unfinished:
                 self.given += 1
+                self.tally.note(output)
                 if output.finish_reason:
                     self.unfinished.discard(output.choice)
                 return output
@@ -207,7 +215,12 @@ class FakeGeneration:
                     continue
                 tokens, reason, stop = queue.pop(0)
                 first = (
-                    {"cached_tokens": self.engine.cached, "queue_time": 0.0, "prefill_time": 0.0}
+                    {
+                        "prompt_tokens": len(self.prompt),
+                        "cached_tokens": self.engine.cached,
+                        "queue_time": 0.0,
+                        "prefill_time": 0.0,
+                    }
                     if is_first
                     else {}
                 )

@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import torch
+from fastapi import FastAPI
 from transformers import LlamaForCausalLM
 
 from service.api.app import create_app
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
+from service.ledger.ledger import Ledger
 from service.registry import ModelRegistry, ServedAdapter, ServedModel
 from service.settings import Settings
 from tests.api.conftest import talking_to
@@ -47,6 +49,7 @@ class Tiny:
     http: httpx.AsyncClient
     engine: EngineClient
     network: LlamaForCausalLM
+    app: FastAPI
 
     async def ask(self, path: str, **fields: Any) -> dict[str, Any]:
         response = await self.http.post(path, json=fields)
@@ -67,7 +70,11 @@ class Tiny:
 
 @asynccontextmanager
 async def tiny_server(
-    path: Path, network: LlamaForCausalLM, settings: dict[str, Any] | None = None, **limits: Any
+    path: Path,
+    network: LlamaForCausalLM,
+    settings: dict[str, Any] | None = None,
+    ledger: Ledger | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Tiny]:
     engine = EngineClient(EngineOptions(model=str(path), socket="", **{**LIMITS, **limits}))
     await engine.start()
@@ -76,8 +83,8 @@ async def tiny_server(
         model = ServedModel(["tiny"], [engine], CONTEXT, ByteTokenizer(), eos_token_ids=(EOS,))
         for name, folder in limits.get("adapters", {}).items():
             model.adapters[name] = ServedAdapter(name, Path(folder))
-        app = create_app(Settings(**settings or {}), ModelRegistry([model]))
+        app = create_app(Settings(**settings or {}), ModelRegistry([model]), ledger)
         async with talking_to(app) as client:
-            yield Tiny(client, engine, network)
+            yield Tiny(client, engine, network, app)
     finally:
         await engine.stop()

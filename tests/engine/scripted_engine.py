@@ -16,6 +16,7 @@ from service.engine.lifeline import die_with_parent
 from service.engine.messages import (
     Accepted,
     Cancel,
+    Cancelled,
     Control,
     Output,
     Outputs,
@@ -77,6 +78,7 @@ class Script:
                     choices.pop(message.choice, None)
                 if message.choice is None or not choices:
                     self.running.pop((front_end, message.id), None)
+                self.connections.send(front_end, Cancelled(message.id))
             case Lost():
                 self.running = {k: v for k, v in self.running.items() if k[0] != front_end}
             case Control(verb="shutdown"):

@@ -1,0 +1,64 @@
+"""From a closed exchange to its record: written once the engines have said their last word."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+from service.api.exchange import Exchange
+from service.ledger.ledger import Ledger
+from service.ledger.record import Record
+from service.metrics import Metrics
+
+FINISHES = {"failed": "error", "cancelled": "cancelled", "rejected": "rejected"}
+
+
+class Recorder:
+    """One record for each exchange that asks for it, in the ledger and in the keys' counters."""
+
+    def __init__(self, ledger: Ledger | None, metrics: Metrics) -> None:
+        self._ledger = ledger
+        self._metrics = metrics
+
+    def close(self, exchange: Exchange, route: str) -> None:
+        """Never waits: what an engine sent before it knew of a hang-up is still to come."""
+        if exchange.is_recorded:
+            ended, total = time.time(), exchange.age
+            write = functools.partial(self._write, exchange, route, ended, total)
+            exchange.meter.tally.when_settled(write)
+
+    def _write(self, exchange: Exchange, route: str, ended: float, total: float) -> None:
+        record = make_record(exchange, route, ended, total)
+        self._metrics.note_usage(record, exchange.settle())
+        if self._ledger is not None:
+            self._ledger.add(record)
+
+
+def make_record(exchange: Exchange, route: str, ended: float, total: float) -> Record:
+    meter, tally = exchange.meter, exchange.meter.tally
+    return Record(
+        ended,
+        exchange.request_id,
+        exchange.caller.id,
+        exchange.caller.name,
+        route,
+        meter.model,
+        meter.adapter,
+        exchange.status,
+        FINISHES.get(exchange.settle(), meter.finish),
+        meter.code,
+        meter.num_choices,
+        min(tally.num_prompt, meter.num_prompt),
+        min(tally.num_cached, meter.num_prompt),
+        meter.num_told,
+        max(0, tally.num_drawn - meter.num_told),
+        meter.num_reasoning,
+        meter.num_accepted,
+        meter.num_rejected,
+        tally.num_prompt,
+        tally.num_drawn,
+        tally.queue_seconds,
+        tally.prefill_seconds,
+        tally.decode_seconds,
+        total,
+    )

@@ -1,0 +1,1 @@
+"""The usage ledger: one record for each request, in SQLite; no prompt, no answer, no key."""
