@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 POINTS = ("connect", "head", "body", "sent", "queued", "first", "middle", "end", "stay")
+WHOLE = ("sent", "queued")  # where a client may as well wait for a whole answer
 AT_ONCE = 100  # clients that are there together
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nHost: storm\r\nContent-Type: application/json\r\n"
@@ -79,6 +80,7 @@ class Client:
     url: str
     point: str
     body: dict[str, object]
+    resets: bool  # or says goodbye
     text: str = ""
 
     async def run(self) -> str:
@@ -90,7 +92,7 @@ class Client:
             if self.point == "stay":
                 raise
         finally:
-            if hash(self.body["prompt"]) % 2:  # some go with a reset, others with a goodbye
+            if self.resets:
                 reset = struct.pack("ii", 1, 0)
                 writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, reset)
             writer.close()
@@ -134,20 +136,17 @@ async def storm(
     """``size`` clients at random points: how many of each, and the (prompt, text) that stayed."""
     random_ = random.Random(seed)
     room = asyncio.Semaphore(AT_ONCE)
-    clients = [
-        Client(
-            url,
-            random_.choice(POINTS),
-            {
-                "prompt": random_.choice(prompts),
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            },
-        )
-        for _ in range(size)
-    ]
+    clients = []
+    for _ in range(size):
+        point = random_.choice(POINTS)
+        body = {
+            "prompt": random_.choice(prompts),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": point not in WHOLE or random_.random() < 0.5,
+        }
+        clients.append(Client(url, point, body, resets=random_.random() < 0.5))
 
     async def one(client: Client) -> str:
         async with room:
