@@ -106,6 +106,27 @@ def test_where_descriptors_run_out_idle_connections_give_way_and_nothing_spins(
     assert server.output().count("no connection can be taken") < 50
 
 
+def test_what_clients_send_reaches_no_log_and_noise_fills_none(server: Running) -> None:
+    """Keys in query strings, in headers, in heads that are none: nothing of them is written."""
+    canary = "canary-7f3a"
+    paths = ("/livez", "/nowhere", "/v1/completions", "/v1/models", "/docs", f"/{canary}")
+    for path in paths:
+        url = f"{server.url}{path}?api_key={canary}"
+        httpx.get(url, headers={"Upgrade": canary, "Connection": "upgrade", "X-Api-Key": canary})
+        httpx.post(url, content=f'{{"{canary}'.encode())
+        httpx.request(canary.upper(), url, content=canary)
+    noise = f"GET /?api_key={canary} HTTP/9.9\r\nAuthorization: Bearer {canary}\r\n\r\n".encode()
+    before = len(server.output())
+    began = time.monotonic()
+    for _ in range(1_000):
+        with ExitStack() as stack:
+            connect(server, stack).sendall(noise)
+    assert complete(server).status_code == 200
+    lines = server.output()[before:].splitlines()
+    assert len(lines) < 30 + (time.monotonic() - began)
+    assert canary not in server.output().lower()
+
+
 async def storms(server: Running, sizes: list[int]) -> list[list[int]]:
     """Storm after storm, each leaving nothing behind; both processes' memory after each."""
     process = psutil.Process(server.process.pid)
