@@ -121,6 +121,7 @@ def configure_logging(level: str, style: str, *, has_content: bool = False) -> N
     """Route everything, uvicorn's records too, through one handler on standard error."""
     formatter = JsonFormatter if style == "json" else TextFormatter
     handler = _Handler(sys.stderr)
+    handler.addFilter(RepeatFilter())
     handler.setFormatter(formatter(has_traces=level == "debug", has_content=has_content))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -21,7 +21,7 @@ from tests.api.test_slow_clients import connect, wait_for
 
 LIMIT = 8
 LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-BODY = json.dumps({"prompt": "Hi", "max_tokens": 150, "stream": True}).encode()
+BODY = json.dumps({"prompt": "Hi", "max_tokens": 60, "stream": True}).encode()
 STREAM = (
     b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
@@ -127,9 +127,18 @@ NOISE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def shared_url() -> Iterator[str]:
+    """Of one server for all that leaves it as it was."""
+    with listening(create_app(Settings(), ModelRegistry([served(FakeEngine())]))) as url:
+        yield url
+
+
 @pytest.mark.parametrize("sent", NOISE[1:])
-def test_noise_is_a_400_or_silence_and_the_end_of_the_connection(url: str, sent: bytes) -> None:
-    with connect(url) as connection:
+def test_noise_is_a_400_or_silence_and_the_end_of_the_connection(
+    shared_url: str, sent: bytes
+) -> None:
+    with connect(shared_url) as connection:
         try:
             connection.sendall(sent)
             received = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -155,9 +164,9 @@ def test_noise_is_a_400_or_silence_and_the_end_of_the_connection(url: str, sent:
     ],
 )  # fmt: skip
 def test_what_could_be_smuggled_is_refused_and_nothing_after_it_is_read(
-    url: str, sent: bytes, status: bytes
+    shared_url: str, sent: bytes, status: bytes
 ) -> None:
-    with connect(url) as connection:
+    with connect(shared_url) as connection:
         connection.sendall(sent + LIVE)
         try:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
