@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket as sockets
 import ssl
@@ -49,7 +50,7 @@ class Acceptor:
         self.book = book
         self.tls = tls
         self.loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], HttpProtocol] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def start(self) -> None:
@@ -61,8 +62,8 @@ class Acceptor:
         self.loop.remove_reader(self.socket)
         for timer in self._timers.values():
             timer.cancel()
-        for task in self._tasks:
-            task.cancel()
+        for protocol in list(self._tasks.values()):
+            protocol.give_way()
 
     async def wait_closed(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -83,10 +84,10 @@ class Acceptor:
     def _pause(self, error: OSError) -> None:
         """No descriptor is left: wait a little, and let one idle connection go meanwhile."""
         logger.warning("no connection can be taken: %s", error.strerror)
-        self.book.make_room()
+        pause = 0.01 if self.book.make_room() else PAUSE
         self.loop.remove_reader(self.socket)
         self._timers["pause"] = self.loop.call_later(
-            PAUSE, self.loop.add_reader, self.socket, self._accept
+            pause, self.loop.add_reader, self.socket, self._accept
         )
 
     def _admit(self, connection: sockets.socket) -> None:
@@ -98,25 +99,33 @@ class Acceptor:
         self._prepare(connection)
         task = self.loop.create_task(self._connect(connection, protocol))
         protocol.handshake = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = protocol
+        task.add_done_callback(functools.partial(self._connected, connection, protocol))
 
     async def _connect(self, connection: sockets.socket, protocol: HttpProtocol) -> None:
-        """Over when the protocol has its connection, or the peer spoke no TLS."""
+        """Over when the protocol has its connection. Raises where the peer spoke no TLS."""
         patience = self.book.patience
         times = (patience.head, patience.linger) if self.tls is not None else (None, None)
-        try:
-            await self.loop.connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=self.tls,
-                ssl_handshake_timeout=times[0],
-                ssl_shutdown_timeout=times[1],
-            )
-        except (OSError, asyncio.CancelledError):
+        await self.loop.connect_accepted_socket(
+            lambda: protocol,
+            connection,
+            ssl=self.tls,
+            ssl_handshake_timeout=times[0],
+            ssl_shutdown_timeout=times[1],
+        )
+
+    def _connected(
+        self, connection: sockets.socket, protocol: HttpProtocol, task: asyncio.Task[None]
+    ) -> None:
+        """Or not: a task that gave way before its first turn never ran at all."""
+        del self._tasks[task]
+        failure = None if task.cancelled() else task.exception()
+        if task.cancelled() or failure is not None:
             self.book.ended["no_handshake"] += 1
             self.book.forget(protocol)
             connection.close()
+        if failure is not None and not isinstance(failure, OSError):
+            logger.error("a connection could not be taken", exc_info=failure)
 
     def _prepare(self, connection: sockets.socket) -> None:
         """Peers that vanish are found out, and those that do not read fill no memory here."""
@@ -125,7 +134,7 @@ class Acceptor:
         for option, value in (
             (sockets.TCP_NODELAY, 1),
             (sockets.TCP_NOTSENT_LOWAT, UNSENT),
-            (sockets.TCP_USER_TIMEOUT, int(self.book.patience.write * 1000)),
+            (sockets.TCP_USER_TIMEOUT, int(self.book.patience.write * 2000)),  # after the book's
             *PROBES,
         ):
             connection.setsockopt(sockets.IPPROTO_TCP, option, value)

@@ -29,7 +29,7 @@ class StrictConnection(h11.Connection):
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
-        self.refusal: InvalidRequest = InvalidRequest("This is not a valid HTTP/1.1 request.")
+        self.refusal: InvalidRequest = InvalidRequest("This is no valid HTTP request.")
         self._num_chunks = 0
         self._num_bytes = 0
 
@@ -86,5 +86,5 @@ class StrictConnection(h11.Connection):
             self._refuse(f"Too many chunks: send {SMALLEST_CHUNK} bytes or more in each.")
 
     def _refuse(self, why: str) -> None:
-        self.refusal = InvalidRequest(f"This is not a valid HTTP/1.1 request: {why}")
+        self.refusal = InvalidRequest(f"This is no valid HTTP request: {why}")
         raise h11.RemoteProtocolError(why)

@@ -16,12 +16,21 @@ import traceback
 from collections.abc import Iterator
 from typing import TextIO
 
+from service.log_bounds import LONGEST, RepeatFilter, shorten
+
 OWN = ("pronk", "service", "model")  # our loggers
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    return {key: _bounded(value) for key, value in vars(record).items() if key not in _STANDARD}
+
+
+def _bounded(value: object) -> object:
+    if isinstance(value, bool | int | float | None):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if len(text) <= LONGEST else shorten(text)
 
 
 def _escape(text: str) -> str:
@@ -41,7 +50,7 @@ class _Formatter(logging.Formatter):
         if error is None:
             return ""
         if self._has_traces:
-            return "\n" + "\n".join(_chain(error, self._has_content))
+            return "\n" + shorten("\n".join(_chain(error, self._has_content)))
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {frames[-1].name}:{frames[-1].lineno}" if frames else ""
         return f"  ({type(error).__name__}{where})"
@@ -54,7 +63,7 @@ class TextFormatter(_Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         name = record.name.removeprefix("pronk.")
         extras = "".join(f"  {key}={_escape(str(v))}" for key, v in _extras(record).items())
-        message = "\n".join(_escape(line) for line in record.getMessage().split("\n"))
+        message = "\n".join(_escape(line) for line in shorten(record.getMessage()).split("\n"))
         line = f"{clock} {record.levelname.lower():<7} {name:<8} {message}{extras}"
         return line + self._trace(record)
 
@@ -68,7 +77,7 @@ class JsonFormatter(_Formatter):
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": shorten(record.getMessage()),
         }
         entry |= _extras(record)
         if trace := self._trace(record):
@@ -112,6 +121,7 @@ def configure_logging(level: str, style: str, *, has_content: bool = False) -> N
     """Route everything, uvicorn's records too, through one handler on standard error."""
     formatter = JsonFormatter if style == "json" else TextFormatter
     handler = _Handler(sys.stderr)
+    handler.addFilter(RepeatFilter())
     handler.setFormatter(formatter(has_traces=level == "debug", has_content=has_content))
     root = logging.getLogger()
     root.handlers[:] = [handler]

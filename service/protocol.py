@@ -7,6 +7,9 @@ a reader that takes nothing, and answers bytes that are no HTTP in plain text.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +34,7 @@ REFUSED = [
 
 
 class Outlet(asyncio.Transport):
-    """A transport that knows how many bytes the system took from it."""
+    """A transport that knows how many bytes the other side took."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -41,9 +44,11 @@ class Outlet(asyncio.Transport):
     def pending(self) -> int:
         return self._transport.get_write_buffer_size()
 
-    @property
     def taken(self) -> int:
-        return self._written - self.pending
+        """Exact enough to see it move: under TLS what waits is longer than what was written."""
+        socket = self._transport.get_extra_info("socket")
+        queued = fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4))
+        return self._written - self.pending - int.from_bytes(queued, sys.byteorder)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._written += len(data)
@@ -80,7 +85,7 @@ class HttpProtocol(H11Protocol):
     ``book`` knows all connections and which of them may be ended for others.
     """
 
-    transport: Outlet
+    transport: Outlet  # None until the connection is made
 
     def __init__(
         self,
@@ -96,6 +101,7 @@ class HttpProtocol(H11Protocol):
         self.book = book or Connections()
         self.handshake: asyncio.Task[None] | None = None  # until the connection is made
         self._is_extra = False
+        self._has_given_way = False
         self._stage = ""  # what the deadline is for; nothing while a request is being answered
         self._deadline: asyncio.TimerHandle | None = None
         self._num_dropped = 0
@@ -105,8 +111,11 @@ class HttpProtocol(H11Protocol):
     # ---- what the transport tells
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Outlet(transport))
         self.handshake = None
+        if self._has_given_way:
+            transport.abort()
+            return
+        super().connection_made(Outlet(transport))
         self._is_extra = self.book.is_extra(self)
         if self._is_extra:
             self.app_state = {**self.app_state, OVER_LIMIT: True}
@@ -115,7 +124,8 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self.book.forget(self)
-        super().connection_lost(exc)
+        if not self._has_given_way or self.transport is not None:
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -184,12 +194,14 @@ class HttpProtocol(H11Protocol):
         return self.handshake is None and self.transport.pending > 0
 
     def is_stalled(self, now: float, patience: float) -> bool:
-        if not self.has_output or self.transport.taken != self._taken:
-            self._taken, self._taken_at = self.transport.taken, now
+        taken = self.transport.taken() if self.has_output else -1
+        if not self.has_output or taken != self._taken:
+            self._taken, self._taken_at = taken, now
             return False
         return now - self._taken_at >= patience
 
     def give_way(self) -> None:
+        self._has_given_way = True
         if self.handshake is not None:
             self.handshake.cancel()
         elif self.has_output:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from service.log_bounds import BURST, KINDS, LONGEST, RepeatFilter
 from service.logs import OWN, JsonFormatter, TextFormatter, configure_logging
 
 
@@ -110,3 +111,57 @@ def test_a_line_that_cannot_be_made_is_told_without_its_arguments(
     told = capfd.readouterr().err
     assert "could not be logged" in told
     assert "a prompt text" not in told
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_a_line_has_a_length_whatever_it_is_made_of(formatter: logging.Formatter) -> None:
+    huge = "x" * 1_000_000
+    line = formatter.format(record(huge, text=huge, values=[huge, huge], number=1))
+    assert len(line) < 4 * LONGEST
+    assert "characters left out" in line
+
+
+def test_a_message_of_control_characters_cannot_start_a_line_of_its_own_in_json() -> None:
+    line = JsonFormatter().format(record("a\r\n\x1b[2J\u2028\x00b", path="\r\n{}"))
+    assert line.isascii()
+    assert line.isprintable()
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(RepeatFilter())
+        self.lines: list[logging.LogRecord] = []
+
+    def emit(self, one: logging.LogRecord) -> None:
+        self.lines.append(one)
+
+
+def warning(message: str, level: int = logging.WARNING) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": message, "levelno": level, "name": "pronk.http"})
+
+
+def test_repeated_warnings_are_thinned_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    handler = Lines()
+    for _ in range(5_000):
+        handler.handle(warning("Invalid HTTP request received."))
+    assert len(handler.lines) == BURST
+    handler.handle(warning("something else"))
+    assert len(handler.lines) == BURST + 1
+    now += 1.5
+    handler.handle(warning("Invalid HTTP request received."))
+    assert handler.lines[-1].left_out == 5_000 - BURST  # type: ignore[attr-defined]
+    assert "left_out=4990" in TextFormatter().format(handler.lines[-1])
+
+
+def test_kinds_of_lines_take_bounded_memory_and_news_is_never_thinned_out() -> None:
+    handler = Lines()
+    for number in range(1_000):
+        handler.handle(warning(f"kind {number}"))
+        handler.handle(warning("started", logging.INFO))
+    (filtered,) = handler.filters
+    assert isinstance(filtered, RepeatFilter)
+    assert len(filtered._kinds) == KINDS
+    assert len(handler.lines) == 2_000

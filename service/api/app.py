@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -28,8 +27,9 @@ from service.api.authentication import PUBLIC_PATHS, Authentication
 from service.api.errors import handle_http_exception, handle_pronk_error
 from service.api.exchange import exchange_of
 from service.api.gate import Gate
-from service.api.middleware import BodyBounds, Edge, OverLimit
+from service.api.middleware import BodyBounds, Cors, Edge, OverLimit
 from service.api.openapi import describe
+from service.api.page import PATH, docs
 from service.api.recorder import Recorder
 from service.api.server import Server, server_of
 from service.errors import PronkError
@@ -70,7 +70,7 @@ def create_app(
     app = FastAPI(
         title="pronk",
         version=__version__,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,  # with headers of its own: page.py
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         redirect_slashes=False,
@@ -86,6 +86,8 @@ def create_app(
     app.add_exception_handler(HTTPException, handle_http_exception)
     _add_middlewares(app, server)
     _describe_lazily(app)
+    if settings.docs:
+        app.add_route(PATH, docs, include_in_schema=False)
     return app
 
 
@@ -104,7 +106,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
     )
     if settings.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],

@@ -10,17 +10,20 @@ import asyncio
 import logging
 import time
 
+import msgspec
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.anthropic_errors import speaks_anthropic
 from service.api.authentication import PUBLIC_PATHS
-from service.api.errors import RequestTimeout, error_response, internal_error
+from service.api.errors import RequestTimeout, envelope, error_response, internal_error
 from service.api.exchange import KEY, OVER_LIMIT, Exchange, request_id, route_path
 from service.api.gate import Gate
 from service.api.recorder import Recorder
-from service.errors import Overloaded, RequestTooLarge, TooManyConnections
+from service.errors import InvalidRequest, Overloaded, RequestTooLarge, TooManyConnections
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
@@ -80,6 +83,24 @@ class Edge:
 def _handler(scope: Scope) -> str:
     """The route's template: bounded, whatever paths strangers try."""
     return getattr(scope.get("route"), "path", None) or "unmatched"
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals are plain text, in the one envelope."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        why = bytes(response.body).decode()
+        refused = InvalidRequest(f"{why}: see --allowed-origins.")
+        kept = {
+            name: value
+            for name, value in response.headers.items()
+            if name not in ("content-length", "content-type")
+        }
+        content = msgspec.json.encode(envelope(refused))
+        return Response(content, refused.status, kept, media_type="application/json")
 
 
 class OverLimit:

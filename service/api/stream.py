@@ -33,7 +33,7 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
+    "Cache-Control": "no-cache, no-store",
     "X-Accel-Buffering": "no",  # nginx would keep the whole answer back
 }
 

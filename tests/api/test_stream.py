@@ -48,7 +48,7 @@ async def test_a_stream_is_framed_and_ends_once(client: httpx.AsyncClient) -> No
     response = await client.post(COMPLETIONS, json={"prompt": "Hi", "stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-accel-buffering"] == "no"
-    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["cache-control"] == "no-cache, no-store"
     assert "content-length" not in response.headers
     chunks = chunks_of(response.text)
     assert join_completion(chunks)[0]["text"] == "Hello, world"
