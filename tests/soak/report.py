@@ -33,8 +33,9 @@ def unexpected(soak: Soak) -> list[Visited]:
 
 
 def after_the_last_kill(soak: Soak) -> list[Rest]:
+    """But for the leg in which the engine was young: kernels and grammars were met first."""
     last = max(soak.kills, default=0.0)
-    return [rest for rest in soak.rests if rest.at > last]
+    return [rest for rest in soak.rests if rest.at > last][1:]
 
 
 def slope(rests: list[Rest], of: str) -> float:

@@ -155,7 +155,8 @@ async def _send(
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=256)
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(payload) if length is None else length}\r\n\r\n"
+    promised = len(payload) if length is None else length
+    head += f"Content-Type: application/json\r\nContent-Length: {promised}\r\n\r\n"
     writer.write(head.encode() + payload)
     return reader, writer
 
