@@ -7,54 +7,83 @@ so that no more requests are between their last byte and the engine's answer tha
 
 from __future__ import annotations
 
-from service.api.exchange import Caller, Exchange
+from collections import Counter
+
+from service.api.exchange import Exchange
 from service.engine.messages import State
 from service.errors import Overloaded
 from service.registry import ModelRegistry
 
 
-def _room(state: State, caller: Caller) -> int:
-    """A queue that others have filled has room left for who has less than its share of it."""
-    return state.room or (0 if caller.id in state.crowding else state.spare_room)
-
-
 class Gate:
-    """``num_entering``: requests whose body is here and which no engine has taken yet."""
+    """Counts requests whose body is here and which no engine has taken yet, by account."""
 
     def __init__(self, models: ModelRegistry, most_entering: int) -> None:
         """``most_entering`` also bounds what asks no engine for room: tokenizing, estimates."""
-        self.num_entering = 0
+        self.entering: Counter[str] = Counter()
         self._models = models
         self._most = most_entering
 
-    def check(self, caller: Caller) -> None:
-        """Raises ``Overloaded`` where its request for tokens would find no room."""
+    @property
+    def num_entering(self) -> int:
+        return self.entering.total()
+
+    def check(self, account: str) -> None:
+        """Raises ``Overloaded`` where a request for tokens would find no room.
+
+        A full engine still takes what an account below its share sends, and so does the gate: one
+        account's requests on their way shut nobody else out.
+        """
         states = [
             engine.state
             for model in self._models.models
             for engine in model.engines
             if engine.is_ready
         ]
-        if states and self.num_entering >= sum(_room(state, caller) for state in states):
-            raise Overloaded(
-                "The queue is full. Try again after the time in Retry-After.",
-                retry_after=min(state.retry_after for state in states),
-            )
+        if not states or self.num_entering < (room := sum(state.room for state in states)):
+            return
+        seconds = [waiting_time(state, account) for state in states]
+        if room or any(one is None for one in seconds):
+            places = room or self._most
+            if self._is_below_share(account, places, 1 if room else 2):
+                return
+        raise Overloaded(
+            "The queue is full. Try again after the time in Retry-After.",
+            retry_after=min(
+                state.retry_after if one is None else one
+                for state, one in zip(states, seconds, strict=True)
+            ),
+        )
+
+    def _is_below_share(self, account: str, places: int, least_accounts: int) -> bool:
+        """Of ``places`` for those on their way; twice as many are bounded for all."""
+        accounts = max(len(self.entering.keys() | {account}), least_accounts)
+        return (
+            self.entering[account] < max(1, places // accounts) and self.num_entering < 2 * places
+        )
 
     def enter(self, exchange: Exchange) -> None:
         """Its body is here; whoever only promises one holds no place. Raises ``Overloaded``."""
         if exchange.is_generation:
-            self.check(exchange.caller)
+            self.check(exchange.caller.id)
         elif self.num_entering >= self._most:
             raise Overloaded(
                 f"{self._most} requests are being read. Try again after the time in Retry-After.",
                 retry_after=1.0,
             )
         exchange.is_entering = True
-        self.num_entering += 1
+        self.entering[exchange.caller.id] += 1
 
     def leave(self, exchange: Exchange) -> None:
         """An engine has taken it, or it has ended."""
-        if exchange.is_entering:
-            exchange.is_entering = False
-            self.num_entering -= 1
+        if not exchange.is_entering:
+            return
+        exchange.is_entering = False
+        self.entering[exchange.caller.id] -= 1
+        if not self.entering[exchange.caller.id]:
+            del self.entering[exchange.caller.id]
+
+
+def waiting_time(state: State, account: str) -> float | None:
+    """Seconds until that engine should take a request of the account; None: it may right now."""
+    return state.retry_after if state.is_shut else state.refused.get(account)

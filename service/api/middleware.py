@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -141,12 +142,13 @@ class BodyBounds:
         self.max_bytes = max_bytes
         self.max_held = max_held
         self.timeout = timeout
-        self.held = 0
+        self.held: Counter[str] = Counter()  # by account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self.app(scope, receive, send)
             return
+        account = scope[KEY].caller.id
         size = 0
         complete = False
         began = time.monotonic()
@@ -168,18 +170,27 @@ class BodyBounds:
                 ) from None
             came = len(message.get("body", b""))
             size += came
-            self.held += came
+            self.held[account] += came
             complete = not message.get("more_body", False)
             if size > self.max_bytes:
                 raise self._too_large()
-            if self.held > self.max_held:
+            if self._is_over_share(account):
                 raise self._too_many()
             return message
 
         try:
             await self.app(scope, bounded, send)
         finally:
-            self.held -= size
+            self.held[account] -= size
+            if not self.held[account]:
+                del self.held[account]
+
+    def _is_over_share(self, account: str) -> bool:
+        """Where all hold too much: who holds more than others do, or all, at twice the bound."""
+        total = self.held.total()
+        if total <= self.max_held:
+            return False
+        return total > 2 * self.max_held or self.held[account] > self.max_held / len(self.held)
 
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(

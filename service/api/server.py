@@ -72,7 +72,7 @@ class Server:
         self.metrics.receive(exchange)
         if self.is_refusing:
             raise draining()
-        self.gate.check(exchange.caller)
+        self.gate.check(exchange.caller.id)
         return exchange
 
     def require_admin(self, request: Request) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from service.engine.account import Account
 from service.engine.messages import Submit
 from service.engine.waiting import Standing, WaitingQueue
 from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 
 SecondsFor = Callable[[float, float], float]  # (sequences, tokens) to work off
+MOST_NAMED = 32  # accounts told apart where there is no room; of more, each has to be asked for
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ def _remedy(prompt: int, room: int) -> str:
 
 
 class Room(NamedTuple):
-    """How many more sequences the queue takes: of anybody, and once it is full of others than
-    those who crowd it."""
+    """For how many more; with none, who is refused for how many seconds, and whether all are.
 
-    anybody: int
-    retry_after: float  # seconds
-    spare: int = 0
-    crowding: list[str] = []  # accounts
+    Accounts that are not named have less than their share in the queue.
+    """
+
+    num_sequences: int
+    retry_after: float
+    refused: Mapping[str, float] = {}
+    is_shut: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,27 @@ class QueueBounds:
     max_queued_requests: int  # choices
     max_queued_tokens: int  # prompt tokens
 
-    def room(self, queue: WaitingQueue, free_slots: int, seconds_for: SecondsFor) -> Room:
-        """What would be taken in now, were the prompts short."""
-        num_choices, num_tokens = len(queue), queue.tokens
-        max_choices, max_tokens = self.max_queued_requests + free_slots, self.max_queued_tokens
-        is_idle = not num_choices and free_slots > 0
-        has_room = is_idle or num_tokens < max_tokens
-        retry_after = self.retry_after(num_choices + 1, num_tokens, free_slots, seconds_for)
-        if has_room and num_choices < max_choices:
-            return Room(max_choices - num_choices, retry_after)
-        crowding = queue.accounts_above(max_choices)
-        may_share = bool(crowding) and num_tokens < 2 * max_tokens
-        spare = max(0, 2 * max_choices - num_choices) if may_share else 0
-        return Room(0, retry_after, spare, crowding)
+    def room(
+        self,
+        queue: WaitingQueue,
+        accounts: Collection[Account],
+        free_slots: int,
+        seconds_for: SecondsFor,
+    ) -> Room:
+        """What a lone request with a short prompt would find. ``accounts``: all with requests."""
+        seconds = self.retry_after(len(queue) + 1, queue.tokens, free_slots, seconds_for)
+        is_full = queue.tokens >= self.max_queued_tokens and (len(queue) or free_slots <= 0)
+        most = 0 if is_full else self.max_queued_requests + free_slots - len(queue)
+        if most > 0:
+            return Room(most, seconds)
+        refused = {}
+        for account in accounts if len(accounts) <= MOST_NAMED else ():
+            own = queue.standing(account.name, account.weight)
+            if not self._takes(queue, 1, 1, own, free_slots):
+                refused[account.name] = self._seconds(own, 1, 1, free_slots, seconds_for)
+        stranger = Standing(0, 0, 0.0, 1)
+        is_shut = not self._takes(queue, 1, 1, stranger, free_slots)
+        return Room(0, seconds, refused, is_shut)
 
     def retry_after(
         self,
@@ -116,29 +128,50 @@ class QueueBounds:
         """
         if not len(queue) and free_slots > 0:
             return
-        num_choices = len(queue) + len(submit.settings)
-        num_tokens = queue.tokens + len(submit.prompt)
-        max_choices = self.max_queued_requests + free_slots
-        max_tokens = self.max_queued_tokens
-        if num_choices <= max_choices and num_tokens <= max_tokens:
-            return
+        num_choices, num_tokens = len(submit.settings), len(submit.prompt)
         own = queue.standing(submit.account, submit.weight)
-        own_choices = own.num_choices + len(submit.settings)
-        own_tokens = own.tokens + len(submit.prompt)
-        if (
-            own.num_others
-            and _has_room(num_choices, max_choices, own_choices, own.num_choices, own.share)
-            and _has_room(num_tokens, max_tokens, own_tokens, own.num_choices, own.share)
-        ):
+        if self._takes(queue, num_choices, num_tokens, own, free_slots):
             return
         raise Overloaded(
             f"The queue is full: {len(queue)} sequences with {queue.tokens} prompt tokens wait, "
-            f"and the bounds are {self.max_queued_requests} and {max_tokens}. "
+            f"and the bounds are {self.max_queued_requests} and {self.max_queued_tokens}. "
             f"{_told_of_share(own)}Try again after the time in Retry-After.",
-            retry_after=self.retry_after(
-                own_choices / own.share, own_tokens / own.share, free_slots, seconds_for
-            ),
+            retry_after=self._seconds(own, num_choices, num_tokens, free_slots, seconds_for),
         )
+
+    def _takes(
+        self,
+        queue: WaitingQueue,
+        num_choices: int,
+        num_tokens: int,
+        own: Standing,
+        free_slots: int,
+    ) -> bool:
+        """Whether so much more of the account that stands so has room."""
+        max_choices = self.max_queued_requests + free_slots
+        max_tokens = self.max_queued_tokens
+        choices, tokens = len(queue) + num_choices, queue.tokens + num_tokens
+        if choices <= max_choices and tokens <= max_tokens:
+            return True
+        own_choices, own_tokens = own.num_choices + num_choices, own.tokens + num_tokens
+        return bool(
+            own.num_others
+            and _has_room(choices, max_choices, own_choices, own.num_choices, own.share)
+            and _has_room(tokens, max_tokens, own_tokens, own.num_choices, own.share)
+        )
+
+    def _seconds(
+        self,
+        own: Standing,
+        num_choices: int,
+        num_tokens: int,
+        free_slots: int,
+        seconds_for: SecondsFor,
+    ) -> float:
+        """The account's own requests go at its share of the whole rate."""
+        choices = (own.num_choices + num_choices) / own.share
+        tokens = (own.tokens + num_tokens) / own.share
+        return self.retry_after(choices, tokens, free_slots, seconds_for)
 
 
 def _has_room(total: int, bound: int, own: int, num_queued: int, share: float) -> bool:

@@ -93,13 +93,6 @@ class FairQueue:
             num_others,
         )
 
-    def accounts_above(self, max_choices: int) -> list[str]:
-        return [
-            account.name
-            for account, queue in self._queues.items()
-            if len(queue) + 1 > self.shares.share(account) * max_choices
-        ]
-
     def adapters(self) -> set[int]:
         return set().union(*(queue.adapters() for queue in self._queues.values()))
 

@@ -171,9 +171,9 @@ class State(Struct, frozen=True, tag="state", omit_defaults=True):
     waiting: int = 0
     waiting_tokens: int = 0
     room: int = UNKNOWN_ROOM  # sequences the queue would take in now
-    spare_room: int = 0  # for accounts that are not among those that crowd a full queue
-    crowding: list[str] = []
     retry_after: float = 1.0  # seconds: what a request is told that finds no room
+    refused: dict[str, float] = {}  # without room: accounts that get none, and for how long
+    is_shut: bool = False  # not even an account without requests would be taken
     num_blocks: int = 0
     free_blocks: int = 0  # cached pages count as free: they can be evicted
     block_size: int = 0

@@ -125,8 +125,8 @@ class Scheduler:
         return Gauges(len(self._lineup.running), len(waiting), waiting.tokens, self.pool.num_free)
 
     def room(self) -> Room:
-        free_slots = max(self._lineup.free_slots, 0)
-        return self._bounds.room(self._waiting, free_slots, self.rate.seconds_for)
+        accounts, free_slots = self._shares.active.values(), max(self._lineup.free_slots, 0)
+        return self._bounds.room(self._waiting, accounts, free_slots, self.rate.seconds_for)
 
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of those that run, and of those waited for."""

@@ -54,9 +54,6 @@ class WaitingQueue(Protocol):
 
     def standing(self, name: str, weight: float) -> Standing: ...
 
-    def accounts_above(self, max_choices: int) -> list[str]:
-        """Those that wait with their whole share of a queue of so many choices, or more."""
-
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Sequence]:
         """In the order in which they are to run."""
@@ -94,9 +91,6 @@ class FirstComeQueue:
 
     def standing(self, name: str, weight: float) -> Standing:
         return Standing(len(self), self.tokens, 1.0, 0)
-
-    def accounts_above(self, max_choices: int) -> list[str]:
-        return []
 
     def remove(self, sequence: Sequence) -> None:
         i = bisect_left(self._sequences, sequence.order, key=_order)

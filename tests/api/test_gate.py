@@ -13,14 +13,17 @@ from fastapi import FastAPI
 from msgspec.structs import replace
 
 from service.api.app import create_app
+from service.api.exchange import Caller, Exchange
+from service.api.gate import Gate
 from service.engine.messages import State
+from service.errors import Overloaded
 from service.registry import ModelRegistry
 from service.settings import Settings
 from tests.api.conftest import refuse, scope_of, talking_to, until
 from tests.api.fakes import FakeEngine, served
 
 URL = "/v1/completions"
-FULL = State(stage="ready", room=0, retry_after=7.2)
+FULL = State(stage="ready", room=0, retry_after=7.2, is_shut=True)
 
 
 class Uploader:
@@ -96,7 +99,7 @@ async def test_a_full_queue_refuses_before_it_reads_a_byte(engine: FakeEngine) -
 async def test_a_queue_that_one_key_has_filled_is_open_to_others(engine: FakeEngine) -> None:
     app = make_app(engine, api_key=["crowd", "victim"])
     crowd = app.state.server.keyring.find("crowd").id
-    engine.state = replace(FULL, spare_room=3, crowding=[crowd])
+    engine.state = replace(FULL, is_shut=False, refused={crowd: 3.0})
     async with talking_to(app) as client:
         for key, status in (("crowd", 429), ("victim", 200)):
             headers = {"Authorization": f"Bearer {key}"}
@@ -143,6 +146,62 @@ async def test_no_more_are_on_the_way_to_the_engine_than_it_has_room_for(
         assert app.state.server.gate.num_entering == 0
         assert engine.state is slow
         assert (await client.post(URL, json=body)).status_code == 200
+
+
+# ---- accounts
+
+
+def gate_of(state: State, most_entering: int = 8) -> Gate:
+    return Gate(ModelRegistry([served(FakeEngine(state=state))]), most_entering)
+
+
+def arrive(gate: Gate, account: str) -> Exchange | None:
+    """Lets a request in, or tells that it was refused."""
+    exchange = Exchange("req", caller=Caller(account), is_generation=True)
+    try:
+        gate.enter(exchange)
+    except Overloaded:
+        return None
+    return exchange
+
+
+def test_who_has_its_share_is_refused_and_who_has_less_is_let_in() -> None:
+    gate = gate_of(State(stage="ready", room=0, refused={"flood": 9.5}))
+    with pytest.raises(Overloaded) as refusal:
+        gate.check("flood")
+    assert refusal.value.retry_after == 9.5
+    gate.check("victim")
+
+
+def test_a_shut_engine_is_shut_for_everybody() -> None:
+    gate = gate_of(State(stage="ready", room=0, refused={"flood": 9.5}, is_shut=True))
+    assert arrive(gate, "flood") is None
+    assert arrive(gate, "victim") is None
+
+
+@pytest.mark.parametrize("room", [0, 6])
+def test_one_account_on_its_way_shuts_nobody_else_out(room: int) -> None:
+    gate = gate_of(State(stage="ready", room=room))
+    while arrive(gate, "flood") is not None:
+        assert gate.num_entering <= 8
+    assert arrive(gate, "flood") is None
+    assert arrive(gate, "victim") is not None
+    while arrive(gate, "victim") is not None:
+        assert gate.num_entering <= 2 * 8
+    assert gate.entering["victim"] >= 2
+
+
+def test_places_come_back_when_requests_leave_however_often_they_do() -> None:
+    gate = gate_of(State(stage="ready", room=2))
+    first, second = arrive(gate, "a"), arrive(gate, "a")
+    assert first is not None
+    assert second is not None
+    assert arrive(gate, "a") is None
+    gate.leave(first)
+    gate.leave(first)
+    assert gate.num_entering == 1
+    assert arrive(gate, "a") is not None
+    assert arrive(gate, "a") is None
 
 
 class _Held:
@@ -221,6 +280,27 @@ async def test_a_body_counts_until_its_answer_has_ended(engine: FakeEngine) -> N
         engine.gate.set()
         assert (await running).status_code == 200
         assert (await client.post(URL, json=body)).status_code == 200
+
+
+async def test_one_key_s_bodies_shut_nobody_else_out(engine: FakeEngine) -> None:
+    engine.gate = asyncio.Event()
+    app = make_app(engine, max_body_memory=2048, max_body_bytes=1024, api_key=["a", "b"])
+    body = {"prompt": "Hi", "user": "x" * 700}
+    async with talking_to(app) as client:
+
+        async def post(key: str) -> int:
+            headers = {"x-api-key": key}
+            return (await client.post(URL, json=body, headers=headers)).status_code
+
+        running = [asyncio.create_task(post("a")) for _ in range(2)]
+        await until(lambda: engine.live == 2)
+        assert await post("a") == 429
+        running.append(asyncio.create_task(post("b")))
+        await until(lambda: engine.live == 3)
+        assert await post("a") == 429
+        engine.gate.set()
+        assert [await one for one in running] == [200, 200, 200]
+        assert await post("a") == 200
 
 
 # ---- one request's product

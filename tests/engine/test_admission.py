@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.engine.admission import MOST_NAMED
 from service.engine.blocks import BlockPool
 from service.engine.messages import SamplingSettings, Submit
 from service.engine.scheduler import Scheduler
@@ -37,48 +38,44 @@ def refusal(scheduler: Scheduler, submit: Submit) -> Overloaded | None:
     return None
 
 
-sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3)), max_size=12)
+requests = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 3), st.sampled_from(["a", "b", "c"])), max_size=16
+)
 
 
-@given(sizes, st.integers(1, 6), st.integers(8, 60))
+@given(requests, st.integers(1, 6), st.integers(8, 60))
 def test_room_is_what_the_queue_takes(
-    sizes: list[tuple[int, int]], max_requests: int, max_tokens: int
+    requests: list[tuple[int, int, str]], max_requests: int, max_tokens: int
 ) -> None:
-    """After any requests: a lone token enters while there is room, and never once there is none."""
+    """After any requests: a lone token enters while there is room. Once there is none, those named
+    are refused for the time that stands there, and so is everybody where it is shut."""
     scheduler = a_scheduler(max_requests, max_tokens)
-    for number, (num_tokens, n) in enumerate(sizes):
-        refusal(scheduler, ask(number, num_tokens, n))
-    number = len(sizes)
-    while (room := scheduler.room().anybody) > 0:
-        refused = refusal(scheduler, ask(number, 1))
-        assert refused is None, f"{room} were promised"
-        assert scheduler.room().anybody < room
+    for number, (num_tokens, n, account) in enumerate(requests):
+        refusal(scheduler, ask(number, num_tokens, n, account))
+    number = len(requests)
+    while (room := scheduler.room()).num_sequences > 0:
+        assert refusal(scheduler, ask(number, 1, account="a")) is None, "room was promised"
+        assert scheduler.room().num_sequences < room.num_sequences
         number += 1
-    seconds = scheduler.room().retry_after
-    refused = refusal(scheduler, ask(number, 1))
-    assert refused is not None
-    assert refused.retry_after is not None
-    assert 1 <= seconds <= refused.retry_after <= 60
+    for account in ("a", "b", "c", "stranger"):
+        room = scheduler.room()
+        refused = refusal(scheduler, ask(number, 1, account=account))
+        number += 1
+        assert (refused is not None) == (room.is_shut or account in room.refused)
+        if refused is not None and account in room.refused:
+            assert refused.retry_after == room.refused[account]
+        assert 1 <= room.retry_after <= 60
 
 
 def test_free_slots_are_room() -> None:
     scheduler = a_scheduler(1, 1000)
-    assert scheduler.room().anybody == 1 + NUM_SLOTS
+    assert scheduler.room().num_sequences == 1 + NUM_SLOTS
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), max_size=40))
-def test_a_full_queue_names_those_who_get_no_more_of_it(asks: list[tuple[str, int]]) -> None:
-    """Whoever crowds it is refused as it says, whoever does not is taken in."""
-    scheduler = a_scheduler(6, 1000)
-    for number, (account, num_tokens) in enumerate(asks):
-        refusal(scheduler, ask(number, num_tokens, account=account))
-    number = len(asks)
-    while (room := scheduler.room()).anybody:
-        assert refusal(scheduler, ask(number, 1, account="a")) is None
-        number += 1
-    for account in "abcd":
-        promised = account not in room.crowding and room.spare > 0
-        refused = refusal(scheduler, ask(number, 1, account=account))
-        assert (refused is None) == promised, (account, room)
-        number += 1
-        room = scheduler.room()
+def test_of_a_crowd_nobody_is_named() -> None:
+    """Naming them would cost every step more than asking the engine costs those who come."""
+    scheduler = a_scheduler(2, 1000)
+    for number in range(MOST_NAMED + 1):
+        refusal(scheduler, ask(number, 1, account=f"key {number}"))
+    assert scheduler.room().num_sequences == 0
+    assert len(scheduler.room().refused) <= MOST_NAMED
