@@ -155,8 +155,8 @@ def draw(found: list[Found], load: Load, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--flood", type=int, default=1000, help="requests of the other key")
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of each")
-    parser.add_argument("--answer", type=int, default=150, help="tokens each is to say")
+    parser.add_argument("--prompt", type=int, default=160, help="tokens of each")
+    parser.add_argument("--answer", type=int, default=100, help="tokens each is to say")
     parser.add_argument("--alone", type=int, default=20, help="requests of the victim alone")
     parser.add_argument("--plot", type=Path, help="an SVG file to write")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="flags of the server")

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from service.engine.adapters import AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.fair_share import DECODE_COST
 from service.engine.messages import SamplingSettings, Submit
@@ -64,6 +66,28 @@ def test_with_one_account_every_step_is_as_under_first_come_first_served(
         return seen
 
     assert steps("fair") == steps("fcfs")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_storm_of_accounts_with_adapters_keeps_books_and_texts(seed: int, ahead: bool) -> None:
+    dice = random.Random(seed)
+    adapters = AdapterTable(dice.randint(1, 3), 8)
+    versions = {name: adapters.add(name) for name in "wxyz"} | {"": 0}
+    pool = BlockPool(dice.randint(6, 30), PAGE, GRAIN)
+    storm = Storm(
+        pool, dice.randint(1, 6), dice.randint(2, 50), 40, 900, ahead=ahead, adapters=adapters
+    )
+    for number in range(40):
+        while dice.random() < 0.5:
+            name = dice.choice(list(versions))
+            submit = random_submit(dice, 1000 * number + len(storm.answers), "abc")
+            storm.submit(replace(submit, adapter=name, adapter_version=versions[name]))
+        storm.run(dice.randint(1, 12))
+        if dice.random() < 0.1:
+            storm.let_time_pass(dice.choice([0.3, 0.6]))
+        storm.check()
+    storm.end()
 
 
 # ---- several -----------------------------------------------------------------------------------
