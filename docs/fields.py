@@ -59,7 +59,7 @@ SHARED: dict[str, tuple[str, str]] = {
     "safety_identifier": ("none", "accepted, not used"),
     "prompt_cache_key": ("none", "accepted, not used"),
     "service_tier": ("none", "there is one tier: chat answers say `default` where it was sent"),
-    "priority": ("0", "lower runs earlier"),
+    "priority": ("0", "lower runs earlier, among requests of the same key"),
     "cache_salt": ("none", "cached prefixes are shared only under the same salt (and API key)"),
     "truncate_prompt_tokens": (
         "off",

@@ -34,6 +34,7 @@ ENGINE_COUNTERS = {
 
 # The same for what vLLM has no name for.
 OWN_COUNTERS = {
+    "fair_preemptions": ("yields", "Preemptions that let a key below its share run"),
     "host_cache_hits": ("host_hits", "Prompt tokens found in host memory alone"),
     "host_cache_stores": ("host_stores", "Pages evicted from the KV cache to host memory"),
     "host_cache_loads": ("host_loads", "Pages brought back from host memory"),

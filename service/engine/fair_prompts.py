@@ -10,6 +10,7 @@ from service.engine.account import Account
 from service.engine.fair_queue import FairQueue
 from service.engine.sequence import Sequence
 
+MOST_TRIES = 8
 MayRun = Callable[[Sequence], bool]
 
 
@@ -26,7 +27,7 @@ def share_out(
     ``room`` tokens are given away, at most ``piece`` at a time while several accounts want them;
     each account pays at once. Within an account they go in order, one that waits and comes first
     before those that run. Who finds no room keeps no other account from running, until it is owed
-    too much.
+    too much; after ``MOST_TRIES`` of them nobody else is let in, to bound what a step costs.
     """
     lines: dict[Account, deque[Sequence]] = {}
     for sequence in running:
@@ -35,6 +36,7 @@ def share_out(
     heapify(heap)
     counts: dict[Sequence, int] = {}
     stuck: set[Account] = set()
+    num_tries = 0
     while room > 0 and heap:
         account = heap[0][-1]
         line = lines.setdefault(account, deque())
@@ -45,6 +47,9 @@ def share_out(
                 line.appendleft(head)
             else:
                 stuck |= _stuck_with(account, fair)
+                num_tries += 1
+                if num_tries == MOST_TRIES:
+                    stuck.update(fair.accounts())
         elif line:
             sequence = line[0]
             done = counts.get(sequence, 0)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from service.engine.account import Account
 from service.engine.step import Row
 
-DECODE_COST = 4.0  # of a row that decodes, in prompt tokens: see Decisions in service/README.md
+DECODE_COST = 2.5  # of a row that decodes, in prompt tokens: see Decisions in service/README.md
 MAX_IDLE = 4096  # accounts without requests whose level is remembered
 
 

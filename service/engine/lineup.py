@@ -221,7 +221,7 @@ class Lineup:
         while step.num_tokens < self.budget:
             head = self._next() if may_admit else None
             if head is not None and not (prompts and prompts[0].order < head.order):
-                may_admit = self._admit(head, step)
+                may_admit = self.free_slots > 0 and self._admit(head, step, self._headroom())
                 if may_admit:
                     prompts.appendleft(head)
             elif prompts:
@@ -232,10 +232,19 @@ class Lineup:
 
     def _fill_prompts_fairly(self, step: Step, fair: FairQueue) -> None:
         self._turns.begin(self.running)
+        headroom = self._headroom() if len(fair) else 0
+
+        def admit(sequence: Sequence) -> bool:
+            nonlocal headroom
+            if self.free_slots <= 0 or not self._admit(sequence, step, headroom):
+                return False
+            headroom += self._paging.wants_page_soon(sequence)
+            return True
+
         pieces = share_out(
             (sequence for sequence in self.running if sequence.num_due > 1),
             fair,
-            lambda sequence: self._admit(sequence, step),
+            admit,
             self.budget - step.num_tokens,
             self._piece,
             self._turns.next_turn() if self._adapters.num_slots else None,
@@ -248,11 +257,9 @@ class Lineup:
             return self.waiting.peek()
         return self.waiting.peek(self._turns.next_turn())
 
-    def _admit(self, sequence: Sequence, step: Step) -> bool:
-        if self.free_slots <= 0:
-            return False
+    def _admit(self, sequence: Sequence, step: Step, headroom: int) -> bool:
         known = len(step.loads)
-        if not self._paging.claim(sequence, self._headroom(), step.copies, step.loads):
+        if not self._paging.claim(sequence, headroom, step.copies, step.loads):
             return False
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING

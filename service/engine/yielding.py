@@ -20,6 +20,7 @@ from service.engine.fair_queue import FairQueue
 from service.engine.fair_share import FairShare
 from service.engine.sequence import Sequence
 
+MOST_TAKERS = 8  # accounts looked at in a step
 EXCESS = 2.0  # times what another account holds for its weight
 MayRun = Callable[[Sequence], bool]
 _order = attrgetter("order")
@@ -55,11 +56,13 @@ class Room:
 
 def holdings_of(running: Iterable[Sequence]) -> dict[Account, Holding]:
     found: dict[Account, Holding] = {}
-    for sequence in running:
+    for sequence in running:  # sorted
         holding = found.get(sequence.account)
         if holding is None:
             holding = found[sequence.account] = Holding()
-        holding.add(sequence)
+        holding.sequences.append(sequence)
+        holding.slots += 1
+        holding.pages += len(sequence.block_table)
     return found
 
 
@@ -99,7 +102,7 @@ class Yielding:
             return []
         holdings = holdings_of(running)
         stopped: list[Sequence] = []
-        for account in self._queue.accounts():
+        for account in self._queue.accounts()[:MOST_TAKERS]:
             for taker in self._queue.waiting_of(account):
                 if room.tokens <= 0:
                     return stopped
@@ -159,6 +162,8 @@ class Yielding:
         others.sort(key=lambda one: held(holdings[one]) / one.weight, reverse=True)
         for other in others:
             holding = holdings[other]
+            if not is_overdue and least >= held(holding) / other.weight:
+                break  # neither has this one enough, nor those after it
             for sequence in reversed(holding.sequences):
                 left = (held(holding) - size(sequence)) / other.weight
                 gains = is_overdue or least <= left

@@ -95,6 +95,7 @@ async def test_the_engines_state_is_read_when_scraped(
         used_host_blocks=2,
         counters={
             "preemptions": 2,
+            "yields": 1,
             "host_hits": 640,
             "host_loads": 3,
             "step_seconds": 8.0,
@@ -107,6 +108,7 @@ async def test_the_engines_state_is_read_when_scraped(
     assert value(samples, "vllm:num_requests_waiting") == 4
     assert value(samples, "vllm:kv_cache_usage_perc") == pytest.approx(0.6)
     assert value(samples, "pronk:num_preemptions_total") == 2
+    assert value(samples, "pronk:fair_preemptions_total") == 1
     shape = {"block_size": "256", "num_gpu_blocks": "10", "cache_dtype": "fp8"}
     assert value(samples, "vllm:cache_config_info", **shape) == 1
     assert value(samples, "pronk:host_cache_hits_total") == 640

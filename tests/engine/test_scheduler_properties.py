@@ -8,6 +8,7 @@ the way to host memory and back cannot go wrong unseen.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -207,7 +208,7 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead:
     assert bool(storm.num_ahead) is ahead
 
 
-def random_submit(dice: random.Random, number: int, accounts: str) -> Submit:
+def random_submit(dice: random.Random, number: int, accounts: Sequence[str]) -> Submit:
     kept = dice.randint(0, 50)
     tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(0, 4))]
     choice = SamplingSettings(
