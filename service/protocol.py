@@ -212,6 +212,12 @@ class HttpProtocol(H11Protocol):
     def abort(self) -> None:
         self.transport.abort()
 
+    # ---- what uvicorn asks at the end
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
     # ---- what is no request
 
     def _unsupported_upgrade_warning(self) -> None:
