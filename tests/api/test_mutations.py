@@ -59,8 +59,11 @@ def send(address: tuple[str, int], chance: random.Random) -> socket.socket:
             size = chance.choice([len(data), chance.randrange(1, len(data) + 1)])
             connection.sendall(data[:size])
             data = data[size:]
-    except ConnectionError:
-        pass  # it was refused by then
+        if chance.random() < 0.6:
+            connection.settimeout(0.05)
+            connection.recv(65536)
+    except (ConnectionError, TimeoutError):
+        pass  # it was refused by then, or is waited for
     return connection
 
 
