@@ -101,6 +101,7 @@ class HttpProtocol(H11Protocol):
         self.book = book or Connections()
         self.handshake: asyncio.Task[None] | None = None  # until the connection is made
         self._is_extra = False
+        self._is_made = False
         self._has_given_way = False
         self._stage = ""  # what the deadline is for; nothing while a request is being answered
         self._deadline: asyncio.TimerHandle | None = None
@@ -115,6 +116,7 @@ class HttpProtocol(H11Protocol):
         if self._has_given_way:
             transport.abort()
             return
+        self._is_made = True
         super().connection_made(Outlet(transport))
         self._is_extra = self.book.is_extra(self)
         if self._is_extra:
@@ -124,12 +126,12 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self.book.forget(self)
-        if not self._has_given_way or self.transport is not None:
+        if self._is_made:
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
+        if self.transport.is_closing() or self.conn.their_state is h11.MUST_CLOSE:
+            return  # what follows a last request is nobody's, and must not cost it its answer
         if self._stage == "linger":
             self._num_dropped += len(data)
             if self._num_dropped > LINGER_BYTES:
@@ -191,7 +193,7 @@ class HttpProtocol(H11Protocol):
 
     @property
     def has_output(self) -> bool:
-        return self.handshake is None and self.transport.pending > 0
+        return self._is_made and self.transport.pending > 0
 
     def is_stalled(self, now: float, patience: float) -> bool:
         taken = self.transport.taken() if self.has_output else -1
@@ -212,6 +214,12 @@ class HttpProtocol(H11Protocol):
     def abort(self) -> None:
         self.transport.abort()
 
+    # ---- what uvicorn asks at the end
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
     # ---- what is no request
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -227,12 +235,15 @@ class HttpProtocol(H11Protocol):
             refusal = self.head.refusal
             body = msgspec.json.encode(envelope(refusal))
             head = [*REFUSED, (b"content-length", str(len(body)).encode())]
-            for event in (
-                h11.Response(
-                    status_code=refusal.status, headers=head, reason=STATUS_PHRASES[refusal.status]
-                ),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+            reason = STATUS_PHRASES[refusal.status]
+            answer = h11.Response(status_code=refusal.status, headers=head, reason=reason)
+            self.transport.write(self.conn.send(answer) or b"")
+            if not self._asked_for_no_body():
+                self.transport.write(self.conn.send(h11.Data(data=body)) or b"")
+            self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
         self.transport.close()
+
+    def _asked_for_no_body(self) -> bool:
+        """Whether the request whose body broke was a HEAD."""
+        is_under_way = self.cycle is not None and not self.cycle.response_complete
+        return is_under_way and self.cycle.scope["method"] == "HEAD"

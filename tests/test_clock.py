@@ -25,6 +25,8 @@ TIMESTAMPS = {  # where the wall clock is read, and what for
     "service/api/scores.py": "created",
     "service/registry.py": "created of the model's card",
     "service/logs.py": "the time of a line",
+    "service/keys/cli.py": "when keys were made and expire",
+    "service/keys/keyring.py": "whether a key has expired, which is a date",
     "service/bench/report.py": "the date of a report",
     "model/template_sandbox.py": "strftime_now of chat templates",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from service.settings import Settings, SettingsProblem, read_settings
+from tests.running import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +91,10 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_is_described() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_a_kept_connection_outlives_the_balancers() -> None:
+    """Who closes first decides whether a request can meet a closing connection."""
+    balancer = (ROOT / "deploy" / "haproxy.cfg").read_text()
+    (seconds,) = re.findall(r"^\s*timeout http-keep-alive (\d+)s", balancer, re.MULTILINE)
+    assert int(seconds) + 10 <= Settings().keep_alive

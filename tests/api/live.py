@@ -42,7 +42,8 @@ def listening(
             timeout_keep_alive=keep_alive,
         )
         book = book or Connections(patience=IMPATIENT)
-        app.state.server.metrics.watch_connections(book)
+        if (state := getattr(app.state, "server", None)) is not None:
+            state.metrics.watch_connections(book)
         server = HttpServer(config, book)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -198,8 +198,7 @@ def test_what_is_kept_for_a_reader_is_bounded(engine: FakeEngine) -> None:
 
 
 def test_peers_that_vanish_are_looked_for(url: str, book: Connections) -> None:
-    """The options the system finds half-open connections by; the route to a peer cannot be cut
-    here."""
+    """The options by which the system finds them; ``tests/test_half_open.py`` cuts a wire."""
     with connect(url):
         assert wait_for(lambda: book.num_open == 1)
         (link,) = book._open
