@@ -210,6 +210,7 @@ def write(soak: Soak, folder: Path, remark: str) -> None:
 
 
 def draw(soak: Soak, told: dict[str, Any], path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,4 +234,5 @@ def draw(soak: Soak, told: dict[str, Any], path: Path) -> None:
             axes.axvline(kill / 60, color="#888888", linestyle=":", label=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same
+        figure.savefig(path, metadata={"Date": None})
