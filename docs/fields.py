@@ -31,7 +31,10 @@ SHARED: dict[str, tuple[str, str]] = {
         f"{DEFAULTS['repetition_penalty']:g} *",
         "for tokens of prompt and answer; 1 is off",
     ),
-    "n": ("1", "choices for each prompt, at most `--max-n`"),
+    "n": (
+        "1",
+        "choices for each prompt, at most `--max-n`; all choices' tokens: `--max-request-tokens`",
+    ),
     "prompt_logprobs": ("off", "log-probabilities of the prompt's tokens; not with `stream`"),
     "echo": (
         "false",
@@ -384,6 +387,7 @@ ERRORS = {  # class: when
     "NotFound": "there is nothing at this address",
     "ModelNotFound": "no model of this name is served",
     "Overloaded": "the queue is full; `Retry-After` from the measured drain rate",
+    "BodiesFull": "the requests being answered have brought `--max-body-memory` bytes",
     "Unavailable": "not now; with `Retry-After`",
     "TooManyConnections": "all of `--max-connections` are being answered; health checks still get "
     "through",

@@ -116,6 +116,12 @@ class Overloaded(PronkError):
     code = "queue_full"
 
 
+class BodiesFull(Overloaded):
+    """The requests being answered have brought as many bytes as may be held."""
+
+    code = "bodies_full"
+
+
 class Unavailable(PronkError):
     """``code`` is ``loading``, ``draining`` or ``engine_restarting``."""
 

@@ -132,6 +132,27 @@ def test_flags_and_variables_exist(path: Path) -> None:
     assert variables - settings - {"PRONK_NAME"} == set()
 
 
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
+CITED = re.compile(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
+
+
+@pytest.mark.parametrize(("name", "path"), CITED.findall(RELIABILITY))
+def test_every_test_that_is_to_prove_a_promise_exists(name: str, path: str) -> None:
+    assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+
+
+def test_every_promise_has_a_proof() -> None:
+    rows = [line.split(" | ") for line in RELIABILITY.splitlines() if line.startswith("| ")]
+    start = [row[0] for row in rows].index("| promise")
+    promises = [row for row in rows[start:] if len(row) == 3 and row[0] != "| promise"]
+    assert len(promises) > 20
+    for promise, proof, _ in promises:
+        scripts = re.findall(r"python -m (tests\.[\w.]+)", proof)
+        assert CITED.search(proof) or scripts, promise
+        for script in scripts:
+            assert (ROOT / f"{script.replace('.', '/')}.py").is_file()
+
+
 def command_flags() -> set[str]:
     """Of ``pronk chat`` and the other commands typer knows, those within commands too."""
     found, commands = set(), [get_command(app)]

@@ -18,15 +18,12 @@ from service.registry import ModelRegistry
 class Gate:
     """Counts requests whose body is here and which no engine has taken yet, by account."""
 
-    def __init__(self, models: ModelRegistry, most_entering: int) -> None:
-        """``most_entering`` also bounds what asks no engine for room: tokenizing, estimates."""
+    def __init__(self, models: ModelRegistry, most_reading: int) -> None:
+        """``most_reading`` bounds what asks no engine for room: tokenizing, estimates."""
         self.entering: Counter[str] = Counter()
+        self.reading: Counter[str] = Counter()
         self._models = models
-        self._most = most_entering
-
-    @property
-    def num_entering(self) -> int:
-        return self.entering.total()
+        self._most = most_reading
 
     def check(self, account: str) -> None:
         """Raises ``Overloaded`` where a request for tokens would find no room.
@@ -40,13 +37,13 @@ class Gate:
             for engine in model.engines
             if engine.is_ready
         ]
-        if not states or self.num_entering < (room := sum(state.room for state in states)):
+        if not states or self.entering.total() < (room := sum(state.room for state in states)):
             return
         seconds = [waiting_time(state, account) for state in states]
-        if room or any(one is None for one in seconds):
-            places = room or self._most
-            if self._is_below_share(account, places, 1 if room else 2):
-                return
+        is_open = bool(room) or None in seconds  # others may have filled what is open to this one
+        places, least_accounts = (room, 1) if room else (self._most, 2)
+        if is_open and _is_below_share(self.entering, account, places, least_accounts):
+            return
         raise Overloaded(
             "The queue is full. Try again after the time in Retry-After.",
             retry_after=min(
@@ -55,33 +52,41 @@ class Gate:
             ),
         )
 
-    def _is_below_share(self, account: str, places: int, least_accounts: int) -> bool:
-        """Of ``places`` for those on their way; twice as many are bounded for all."""
-        accounts = max(len(self.entering.keys() | {account}), least_accounts)
-        return (
-            self.entering[account] < max(1, places // accounts) and self.num_entering < 2 * places
-        )
-
     def enter(self, exchange: Exchange) -> None:
         """Its body is here; whoever only promises one holds no place. Raises ``Overloaded``."""
+        account = exchange.caller.id
         if exchange.is_generation:
-            self.check(exchange.caller.id)
-        elif self.num_entering >= self._most:
+            self.check(account)
+        elif self.reading.total() >= self._most and not _is_below_share(
+            self.reading, account, self._most
+        ):
             raise Overloaded(
                 f"{self._most} requests are being read. Try again after the time in Retry-After.",
                 retry_after=1.0,
             )
         exchange.is_entering = True
-        self.entering[exchange.caller.id] += 1
+        self._counter(exchange)[account] += 1
 
     def leave(self, exchange: Exchange) -> None:
         """An engine has taken it, or it has ended."""
         if not exchange.is_entering:
             return
         exchange.is_entering = False
-        self.entering[exchange.caller.id] -= 1
-        if not self.entering[exchange.caller.id]:
-            del self.entering[exchange.caller.id]
+        account, counter = exchange.caller.id, self._counter(exchange)
+        counter[account] -= 1
+        if not counter[account]:
+            del counter[account]
+
+    def _counter(self, exchange: Exchange) -> Counter[str]:
+        return self.entering if exchange.is_generation else self.reading
+
+
+def _is_below_share(
+    counter: Counter[str], account: str, places: int, least_accounts: int = 1
+) -> bool:
+    """Of ``places`` beside the other accounts there; for all of them twice as many are the end."""
+    accounts = max(len(counter.keys() | {account}), least_accounts)
+    return counter[account] < max(1, places // accounts) and counter.total() < 2 * places
 
 
 def waiting_time(state: State, account: str) -> float | None:

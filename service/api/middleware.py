@@ -24,7 +24,7 @@ from service.api.errors import RequestTimeout, envelope, error_response, interna
 from service.api.exchange import KEY, OVER_LIMIT, Exchange, request_id, route_path
 from service.api.gate import Gate
 from service.api.recorder import Recorder
-from service.errors import InvalidRequest, Overloaded, RequestTooLarge, TooManyConnections
+from service.errors import BodiesFull, InvalidRequest, RequestTooLarge, TooManyConnections
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
@@ -197,11 +197,10 @@ class BodyBounds:
             f"The body is larger than this server takes: {self.max_bytes} bytes."
         )
 
-    def _too_many(self) -> Overloaded:
-        return Overloaded(
+    def _too_many(self) -> BodiesFull:
+        return BodiesFull(
             "The bodies of the requests being answered fill the memory for them: "
             f"{self.max_held} bytes. Try again after the time in Retry-After.",
-            code="bodies_full",
             retry_after=BODIES_RETRY,
         )
 

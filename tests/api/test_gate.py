@@ -139,11 +139,11 @@ async def test_no_more_are_on_the_way_to_the_engine_than_it_has_room_for(
     async with talking_to(app) as client:
         body = {"prompt": "Hi"}
         first = [asyncio.create_task(client.post(URL, json=body)) for _ in range(2)]
-        await until(lambda: app.state.server.gate.num_entering == 2)
+        await until(lambda: app.state.server.gate.entering.total() == 2)
         assert (await client.post(URL, json=body)).status_code == 429
         held.set()
         assert [(await one).status_code for one in first] == [200, 200]
-        assert app.state.server.gate.num_entering == 0
+        assert app.state.server.gate.entering.total() == 0
         assert engine.state is slow
         assert (await client.post(URL, json=body)).status_code == 200
 
@@ -151,13 +151,13 @@ async def test_no_more_are_on_the_way_to_the_engine_than_it_has_room_for(
 # ---- accounts
 
 
-def gate_of(state: State, most_entering: int = 8) -> Gate:
-    return Gate(ModelRegistry([served(FakeEngine(state=state))]), most_entering)
+def gate_of(state: State, most_reading: int = 8) -> Gate:
+    return Gate(ModelRegistry([served(FakeEngine(state=state))]), most_reading)
 
 
-def arrive(gate: Gate, account: str) -> Exchange | None:
+def arrive(gate: Gate, account: str, *, is_generation: bool = True) -> Exchange | None:
     """Lets a request in, or tells that it was refused."""
-    exchange = Exchange("req", caller=Caller(account), is_generation=True)
+    exchange = Exchange("req", caller=Caller(account), is_generation=is_generation)
     try:
         gate.enter(exchange)
     except Overloaded:
@@ -183,11 +183,11 @@ def test_a_shut_engine_is_shut_for_everybody() -> None:
 def test_one_account_on_its_way_shuts_nobody_else_out(room: int) -> None:
     gate = gate_of(State(stage="ready", room=room))
     while arrive(gate, "flood") is not None:
-        assert gate.num_entering <= 8
+        assert gate.entering.total() <= 8
     assert arrive(gate, "flood") is None
     assert arrive(gate, "victim") is not None
     while arrive(gate, "victim") is not None:
-        assert gate.num_entering <= 2 * 8
+        assert gate.entering.total() <= 2 * 8
     assert gate.entering["victim"] >= 2
 
 
@@ -199,9 +199,20 @@ def test_places_come_back_when_requests_leave_however_often_they_do() -> None:
     assert arrive(gate, "a") is None
     gate.leave(first)
     gate.leave(first)
-    assert gate.num_entering == 1
+    assert gate.entering.total() == 1
     assert arrive(gate, "a") is not None
     assert arrive(gate, "a") is None
+
+
+def test_a_flood_of_questions_is_bounded_and_takes_no_room_for_tokens() -> None:
+    gate = gate_of(State(stage="ready", room=4))
+    asked = [arrive(gate, "a", is_generation=False) for _ in range(20)]
+    assert sum(one is not None for one in asked) == 8
+    assert arrive(gate, "b", is_generation=False) is not None
+    assert [arrive(gate, "a") is not None for _ in range(5)] == [True] * 4 + [False]
+    for one in filter(None, asked):
+        gate.leave(one)
+    assert arrive(gate, "a", is_generation=False) is not None
 
 
 class _Held:
@@ -229,7 +240,7 @@ async def test_whoever_only_promises_a_body_holds_no_place(engine: FakeEngine) -
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert app.state.server.gate.num_entering == 0
+    assert app.state.server.gate.entering.total() == 0
 
 
 @pytest.mark.parametrize("fields", [{"n": 0}, {"prompt": ""}, {"prompt": [999]}])
@@ -240,7 +251,7 @@ async def test_a_bad_request_gives_its_place_back(
     async with talking_to(app) as client:
         response = await client.post(URL, json={"prompt": "Hi"} | fields)
     assert response.status_code == 400
-    assert app.state.server.gate.num_entering == 0
+    assert app.state.server.gate.entering.total() == 0
 
 
 # ---- bodies

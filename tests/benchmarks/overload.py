@@ -206,6 +206,7 @@ def say_burst(returned: list[Returned], console: Console) -> None:
 
 
 def draw_curve(levels: list[Level], path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -242,7 +243,8 @@ def draw_curve(levels: list[Level], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

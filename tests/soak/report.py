@@ -16,6 +16,7 @@ NUM_WINDOWS = 10
 SLOPE = 20.0  # MiB an hour; 30 minutes see 10 MiB, two minutes only noise: see GROWTH
 GROWTH = 24.0  # MiB between the first rest after the last kill and the last: less is noise
 MORE_FDS = 8
+MORE_TASKS = 8
 
 
 def share(values: Sequence[float], part: float) -> float | None:
@@ -88,6 +89,7 @@ def summary(soak: Soak) -> dict[str, Any]:
         "livez_p99": share([sample.livez for sample in soak.samples], 0.99),
         "http_rss": [round(rest.sample.http_rss, 1) for rest in soak.rests],
         "engine_rss": [round(rest.sample.engine_rss, 1) for rest in soak.rests],
+        "tasks": [rest.num_tasks for rest in soak.rests],
         "fds": [rest.sample.num_fds for rest in soak.rests],
         "http_slope_mib_per_hour": round(slope(rests, "http_rss"), 2),
         "engine_slope_mib_per_hour": round(slope(rests, "engine_rss"), 2),
@@ -120,6 +122,8 @@ def faults(soak: Soak) -> list[str]:
             found.append(f"the {name} process grew by {more} MiB, {hourly} an hour")
     if told["fds"][-1] > told["fds"][0] + MORE_FDS:
         found.append(f"file descriptors: {told['fds']}")
+    if told["tasks"][-1] > told["tasks"][0] + MORE_TASKS:
+        found.append(f"tasks: {told['tasks']}")
     if len(soak.kills) != len(soak.back):
         found.append("a killed engine did not come back")
     if soak.exit_code != 0:
@@ -168,6 +172,7 @@ def page(soak: Soak, told: dict[str, Any], picture: str, remark: str) -> str:
         ("engine at rest, MiB", _list(told["engine_rss"])),
         ("slope since the last kill, MiB an hour", told["engine_slope_mib_per_hour"]),
         ("file descriptors at rest", _list(told["fds"])),
+        ("tasks of the event loop at rest", _list(told["tasks"])),
         ("exit code after SIGTERM", told["exit_code"]),
     ]
     lines += [f"| {name} | {value} |" for name, value in rows]
@@ -205,6 +210,7 @@ def write(soak: Soak, folder: Path, remark: str) -> None:
 
 
 def draw(soak: Soak, told: dict[str, Any], path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -228,4 +234,5 @@ def draw(soak: Soak, told: dict[str, Any], path: Path) -> None:
             axes.axvline(kill / 60, color="#888888", linestyle=":", label=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same
+        figure.savefig(path, metadata={"Date": None})

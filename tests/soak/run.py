@@ -61,6 +61,7 @@ class Rest:
     unsettled: dict[str, float]  # gauges that had not returned, with their values
     books_differ: float  # received, less finished, failed, cancelled and rejected
     sample: Sample
+    num_tasks: float  # of the HTTP process's event loop
 
 
 @dataclass
@@ -173,7 +174,8 @@ class Crowd:
         )
         differ = books["pronk:requests_received_total"] - ended
         sample = await Watch(self.server.url, self.server.process.pid).sample(self.now())
-        self.soak.rests.append(Rest(self.now(), unsettled, differ, sample))
+        tasks = books["pronk:event_loop_tasks"]
+        self.soak.rests.append(Rest(self.now(), unsettled, differ, sample, tasks))
         self.soak.books = books
 
 
