@@ -30,4 +30,5 @@ class Meter:
     @property
     def finish(self) -> str:
         """The choices' finish reasons, each once: "stop", or "length+stop"."""
-        return "+".join(sorted(set(self.endings.values())))
+        reasons = set(self.endings.values())
+        return reasons.pop() if len(reasons) == 1 else "+".join(sorted(reasons))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 
-from service.api.exchange import Exchange
+from service.api.exchange import Exchange, Outcome
 from service.ledger.ledger import Ledger
 from service.ledger.record import Record
 from service.metrics import Metrics
@@ -28,13 +28,16 @@ class Recorder:
             exchange.meter.tally.when_settled(write)
 
     def _write(self, exchange: Exchange, route: str, ended: float, total: float) -> None:
-        record = make_record(exchange, route, ended, total)
-        self._metrics.note_usage(record, exchange.settle())
+        outcome = exchange.settle()
+        record = make_record(exchange, route, ended, total, outcome)
+        self._metrics.note_usage(record, outcome)
         if self._ledger is not None:
             self._ledger.add(record)
 
 
-def make_record(exchange: Exchange, route: str, ended: float, total: float) -> Record:
+def make_record(
+    exchange: Exchange, route: str, ended: float, total: float, outcome: Outcome
+) -> Record:
     meter, tally = exchange.meter, exchange.meter.tally
     return Record(
         ended,
@@ -45,7 +48,7 @@ def make_record(exchange: Exchange, route: str, ended: float, total: float) -> R
         meter.model,
         meter.adapter,
         exchange.status,
-        FINISHES.get(exchange.settle(), meter.finish),
+        FINISHES.get(outcome) or meter.finish,
         meter.code,
         meter.num_choices,
         min(tally.num_prompt, meter.num_prompt),

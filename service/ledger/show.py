@@ -29,7 +29,6 @@ SHOWN = {  # of the sums, in a table, and their headings
     "total_seconds": "seconds",
     "energy_joules": "joules",
 }
-PIPE_WIDTH = 200  # columns, where no terminal says
 NOBODY = "(no key)"
 UNKNOWN = "(not known)"  # refused before a model was found
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets run when a cell begins with it
@@ -47,7 +46,9 @@ def print_table(report: Report, title: str) -> None:
         table.add_row(_label(report, row), *(_figure(known[name]) for name in shown))
     table.add_section()
     table.add_row("all", *(_figure(sums[name]) for name in shown))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)  # figures stay whole
+    console.print(table, markup=False)
     for note in report.notes:
         print(note, file=sys.stderr)
 
