@@ -22,7 +22,18 @@ from model.checkpoint.gguf_header import read_header
 HUGE = (0, 1, 3, 127, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60)
 HUGE_64 = (*HUGE, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 ODD_TEXTS = (
-    *("", "\0", "\n", "\x1b[2J", "/", "..", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\ud800"),
+    *(
+        "",
+        "\0",
+        "\n",
+        "\x1b[2J",
+        "/",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a" * 5000,
+        "\ud800",
+    ),
     *("▁", "<0x41>", "<0x4", "<s>", "{{ 1/0 }}", "{% for %}", "(?:a*)*b", "[[", "F32", "I64", "🦙"),
 )
 ODD_VALUES: tuple[Any, ...] = (
@@ -52,7 +63,7 @@ def damaged_bytes(chance: Random, data: bytes, places: int = 4) -> bytes:
             case 4:
                 del out[at:end]
             case 5:
-                out[at:at] = out[at:end]
+                out[at:at] = bytes(out[at:end])
             case _:
                 del out[at:]
     return bytes(out)
@@ -62,7 +73,7 @@ def damaged_bytes(chance: Random, data: bytes, places: int = 4) -> bytes:
 
 
 def some_place(chance: Random, document: Any) -> tuple[Any, Any] | None:
-    """A value found by going down from the root: settings are as likely as a vocabulary's pieces."""
+    """Found by going down from the root: settings are as likely as a vocabulary's pieces."""
     found = None
     while isinstance(document, dict | list) and document:
         keys = list(document) if isinstance(document, dict) else range(len(document))
@@ -100,7 +111,16 @@ def damaged_json(chance: Random, data: bytes) -> bytes:
             return damaged_bytes(chance, data)
         case 1:
             return chance.choice(
-                (b"", b"[", b"[" * 100_000, b'{"a":' * 100_000, b"null", b"[]", b"\xff\xfe{}", b'"x"')
+                (
+                    b"",
+                    b"[",
+                    b"[" * 100_000,
+                    b'{"a":' * 100_000,
+                    b"null",
+                    b"[]",
+                    b"\xff\xfe{}",
+                    b'"x"',
+                )
             )
         case 2:
             return b"\xef\xbb\xbf" + data
@@ -125,14 +145,15 @@ def damaged_safetensors(chance: Random, data: bytes) -> bytes:
             case 0:
                 entry["data_offsets"] = other["data_offsets"]
             case 1:
-                entry["shape"] = chance.choice(([], [0], [-1], [1 << 40], [1 << 32, 1 << 32], [1.5]))
+                entry["shape"] = chance.choice(([], [0], [-1], [1 << 40], [1 << 32] * 2, [1.5]))
             case 2:
                 entry["dtype"] = chance.choice(("F64", "F16", "I64", "BOOL", "F8_E4M3", "C64", ""))
             case 3:
                 entry["shape"] = other["shape"]
             case _:
                 header = damaged_document(chance, header, 1)
-        names = [name for name in header if isinstance(header[name], dict) and header[name].keys() >= {"dtype", "shape", "data_offsets"}]
+        whole = {"dtype", "shape", "data_offsets"}
+        names = [n for n, e in header.items() if isinstance(e, dict) and e.keys() >= whole]
         if not names:
             break
     written = json.dumps(header).encode()
