@@ -7,7 +7,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ def _byte_level(metadata: dict[str, Any]) -> LibraryTokenizer:
 
 def _read_pieces(metadata: dict[str, Any]) -> Iterator[Piece]:
     tokens = _list(metadata, "tokens", str)
-    scores = _list(metadata, "scores", float) or [0.0] * len(tokens)
-    types = _list(metadata, "token_type", int) or [PieceType.NORMAL] * len(tokens)
+    scores = _list(metadata, "scores", float, [0.0] * len(tokens))
+    types = _list(metadata, "token_type", int, [PieceType.NORMAL] * len(tokens))
     if not len(tokens) == len(scores) == len(types):
         raise TokenizerError("the GGUF file's tokens, scores and types differ in number")
     if strange := set(types) - set(PieceType):
@@ -166,9 +166,11 @@ def _get(metadata: dict[str, Any], name: str, default: Any) -> Any:
     return metadata.get(f"tokenizer.ggml.{name}", default)
 
 
-def _list(metadata: dict[str, Any], name: str, kind: type) -> list[Any]:
-    """Empty where there is none. The format's lists are of one type, so one item tells of all."""
-    found = _get(metadata, name, [])
+def _list(
+    metadata: dict[str, Any], name: str, kind: type, default: Sequence[Any] = ()
+) -> list[Any]:
+    """The format's lists are of one type, so one item tells of all."""
+    found = _get(metadata, name, list(default))
     if not isinstance(found, list) or not isinstance(next(iter(found), kind()), kind):
         raise TokenizerError(f"tokenizer.ggml.{name} in the GGUF file is no list of {_WORDS[kind]}")
     return found
