@@ -316,6 +316,10 @@ class Server(Backend):
         except ServeProblem as problem:
             self._give_up(str(problem))
             return
+        except Exception:  # a bug: a server that never gets ready would be worse than none
+            logger.exception("unforeseen failure while loading")
+            self._give_up(f"cannot serve {self.source.reference}: unforeseen failure, traced above")
+            return
         presentation.banner(self.settings, self.model, self.engine.state, self.plan, self.socket)
         wants_sample = self.settings.sample
         if wants_sample or (wants_sample is None and self.source.is_bundled):

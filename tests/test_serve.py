@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from model.bundled import bundled_model_path
 from tests.running import ROOT, Running, serving, wait_until
 
 STREAM = {"prompt": "Once upon a time", "stream": True, "ignore_eos": True}
@@ -136,6 +137,20 @@ def test_a_broken_checkpoint_ends_the_server_with_the_reason(tmp_path: Path) -> 
     done = pronk("serve", str(tmp_path), "--port", "0")
     assert done.returncode == 1
     assert "Mixtral" in done.stderr or "safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hostile_tokenizer_beside_good_weights_ends_the_server_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    """It is the HTTP process that reads it; that one must not stay up and never get ready."""
+    for file in bundled_model_path().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    odd = {"additional_special_tokens": True, "eos_token": "\x1b[2J"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    done = pronk("serve", str(tmp_path), "--port", "0", "--no-sample")
+    assert done.returncode == 1
+    assert "the additional special tokens are True" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -167,6 +167,8 @@ def _refuse_odd_heads(keys: _Keys, head_size: int) -> None:
 
 def _end_tokens(header: GGUFHeader) -> list[int]:
     found = [header.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
+    if odd := [token for token in found if not isinstance(token, int | None)]:
+        raise CheckpointError(f"an end token is {odd[0]!r} in the GGUF file, not a number")
     return sorted({token for token in found if token is not None})
 
 

@@ -60,7 +60,7 @@ def _inspect_folder(path: Path) -> Checkpoint:
         return Checkpoint("huggingface", path, safetensors, _tokenizer_of_folder(path))
     if shards := _meta_shards(path):
         return Checkpoint("meta", path, shards, _tokenizer_of_folder(path, path.parent))
-    if ggufs := sorted(path.glob("*.gguf")):
+    if ggufs := _found(path, "*.gguf"):
         whole = [file for file in ggufs if _part_number(file) in (None, 1)]
         if len(whole) != 1:
             raise CheckpointError(
@@ -68,6 +68,11 @@ def _inspect_folder(path: Path) -> Checkpoint:
             )
         return Checkpoint("gguf", whole[0], _gguf_parts(whole[0]), _tokenizer_of_gguf(whole[0]))
     raise CheckpointError(_why_no_weights(path))
+
+
+def _found(path: Path, pattern: str) -> list[Path]:
+    """Files alone: a pipe would be waited for, a device has no end."""
+    return sorted(file for file in path.glob(pattern) if file.is_file())
 
 
 def _why_no_weights(path: Path) -> str:
@@ -98,7 +103,7 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
         return (path / "model.safetensors",)
     # Mistral's own copy of the same weights lies beside the sharded ones under this name.
     other = ("consolidated", "adapter_model")
-    found = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(other)]
+    found = [file for file in _found(path, "*.safetensors") if not file.name.startswith(other)]
     if found:
         _refuse_gaps(found)
     elif (path / "consolidated.safetensors").is_file():
@@ -147,7 +152,9 @@ def _refuse_gaps(files: list[Path]) -> None:
 def _meta_shards(path: Path) -> tuple[Path, ...]:
     if not (path / "params.json").is_file() or not path.is_dir():
         return ()
-    shards = sorted(file for file in path.iterdir() if _META_SHARD.fullmatch(file.name))
+    shards = [
+        file for file in _found(path, "consolidated*.pth") if _META_SHARD.fullmatch(file.name)
+    ]
     for number, file in enumerate(shards):
         match = _META_SHARD.fullmatch(file.name)
         assert match is not None

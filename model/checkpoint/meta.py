@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.checkpoint.errors import CheckpointError
 from model.checkpoint.inspection import Checkpoint
-from model.checkpoint.meta_config import EMBEDDING, is_split_by_columns
+from model.checkpoint.meta_config import EMBEDDING, check_header, is_split_by_columns
 from model.checkpoint.meta_params import MetaParams, read_params
 from model.checkpoint.stored import StoredTensor, Weights, forget, halves_from_pairs
 from model.config import ModelConfig
@@ -74,6 +74,7 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
 def _load_shard(file: Path) -> dict[str, Tensor]:
     """Maps one shard. Only tensors are unpickled: anything else in the file is refused."""
     _refuse_compressed(file)
+    check_header(file)
     try:
         shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,16 @@ from model.checkpoint.meta_params import MetaParams, read_params
 from model.config import ModelConfig
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-_MAX_HEADER = 64 << 20
+_MAX_HEADER = 4 << 20  # that of a 405B checkpoint's shard is a third of a MiB
+# Those torch.save writes. A tuple met again doubles what hashing it costs, so only a few may be.
+_OPCODES = set(
+    """
+PROTO STOP FRAME MARK GLOBAL REDUCE BUILD NEWTRUE NEWFALSE NONE BINPERSID BINPUT LONG_BINPUT
+BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE MEMOIZE BINGET LONG_BINGET
+TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_DICT EMPTY_LIST SETITEM SETITEMS APPEND APPENDS
+""".split()  # noqa: SIM905
+)
+_MAX_SHARED_TUPLES = 30
 _STORAGES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -59,12 +69,8 @@ def is_split_by_columns(params: MetaParams, shape: tuple[int, ...]) -> bool:
 def read_header(file: Path) -> dict[str, PickledTensor]:
     """What tensors a .pth file holds, without reading or running any of it."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            parts = {part.filename: part for part in archive.infolist()}
-            name = next((name for name in parts if name.endswith("/data.pkl")), None)
-            if name is None or parts[name].file_size > _MAX_HEADER:
-                raise CheckpointError(f"{file.name} holds no table of tensors")
-            header = _Header(archive.read(name), name.removesuffix("data.pkl"), parts).load()
+        prefix, data, parts = _checked(file)
+        header = _Header(data, prefix, parts).load()
     except CheckpointError:
         raise
     except Exception as error:  # what a damaged pickle raises is as varied as the damage
@@ -72,6 +78,51 @@ def read_header(file: Path) -> dict[str, PickledTensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name} holds no table of tensors")
     return {name: found for name, found in header.items() if isinstance(found, PickledTensor)}
+
+
+def check_header(file: Path) -> None:
+    """Raises CheckpointError for a .pth whose table would take for ever to follow."""
+    try:
+        _checked(file)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{file.name} is damaged: {error}") from error
+
+
+def _checked(file: Path) -> tuple[str, bytes, dict[str, zipfile.ZipInfo]]:
+    """The archive's folder, the pickle in it and all its parts. Raises whatever damage raises."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {part.filename: part for part in archive.infolist()}
+        if len(parts) < len(archive.infolist()):
+            raise CheckpointError(f"{file.name} is damaged: two of its parts have one name")
+        names = [name for name in parts if name.endswith("/data.pkl")]
+        if len(names) != 1 or parts[names[0]].file_size > _MAX_HEADER:
+            raise CheckpointError(f"{file.name} holds no table of tensors")
+        data = archive.read(names[0])
+    _check_opcodes(file, data)
+    return names[0].removesuffix("data.pkl"), data, parts
+
+
+def _check_opcodes(file: Path, data: bytes) -> None:
+    """Before any of it is followed: a few hundred bytes could keep a processor busy for ever."""
+    tuples: set[Any] = set()  # where in the memo
+    shared = numbered = 0
+    last = ""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise CheckpointError(
+                f"{file.name} holds more than tensors ({opcode.name} in its table)"
+            )
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = numbered if opcode.name == "MEMOIZE" else argument
+            numbered += 1
+            (tuples.add if last.startswith("TUPLE") else tuples.discard)(place)
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            shared += argument in tuples
+        last = opcode.name
+    if shared > _MAX_SHARED_TUPLES:
+        raise CheckpointError(f"{file.name} is damaged: its table is tied up in itself")
 
 
 class _Header(pickle.Unpickler):

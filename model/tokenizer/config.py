@@ -128,7 +128,8 @@ def _chat_templates(folder: Path, main: dict[str, Any]) -> dict[str, str]:
     if alone.is_file():
         templates["default"] = _read_template(alone)
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _read_template(path)
+        if path.is_file():
+            templates[path.stem] = _read_template(path)
     return templates
 
 

@@ -7,7 +7,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def from_metadata(metadata: dict[str, Any]) -> Tokenizer:
 def _pieces(metadata: dict[str, Any]) -> PieceTokenizer:
     proto = bpe_model(
         _distinct(_read_pieces(metadata)),
-        add_prefix_space=_get(metadata, "add_space_prefix", True),
-        collapse_spaces=_get(metadata, "remove_extra_whitespaces", False),
+        add_prefix_space=_flag(metadata, "add_space_prefix", True),
+        collapse_spaces=_flag(metadata, "remove_extra_whitespaces", False),
     )
     try:
         return PieceTokenizer(proto, _config(metadata, add_bos=True))
@@ -69,13 +69,15 @@ def _pieces(metadata: dict[str, Any]) -> PieceTokenizer:
 
 
 def _byte_level(metadata: dict[str, Any]) -> LibraryTokenizer:
-    split = _get(metadata, "pre", "default")
+    split = str(_get(metadata, "pre", "default"))
     if split not in SPLITS:
         raise TokenizerError(
             f"the GGUF file cuts words as {split!r}; the ways known are {', '.join(sorted(SPLITS))}"
         )
-    vocabulary = {text: number for number, text in enumerate(_get(metadata, "tokens", []))}
-    merges = [tuple(merge.split(" ", 1)) for merge in _get(metadata, "merges", [])]
+    vocabulary = {text: number for number, text in enumerate(_list(metadata, "tokens", str))}
+    merges = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str)]
+    if any(len(pair) < 2 for pair in merges):
+        raise TokenizerError("the GGUF file has a merge that is not two pieces")
     try:
         model = models.BPE(vocabulary, merges, ignore_merges=split in KEEPS_WHOLE_WORDS)
     except Exception as error:  # the library raises bare Exception
@@ -87,11 +89,13 @@ def _byte_level(metadata: dict[str, Any]) -> LibraryTokenizer:
 
 
 def _read_pieces(metadata: dict[str, Any]) -> Iterator[Piece]:
-    tokens = _get(metadata, "tokens", [])
-    scores = _get(metadata, "scores", [0.0] * len(tokens))
-    types = _get(metadata, "token_type", [PieceType.NORMAL] * len(tokens))
+    tokens = _list(metadata, "tokens", str)
+    scores = _list(metadata, "scores", float, [0.0] * len(tokens))
+    types = _list(metadata, "token_type", int, [PieceType.NORMAL] * len(tokens))
     if not len(tokens) == len(scores) == len(types):
         raise TokenizerError("the GGUF file's tokens, scores and types differ in number")
+    if strange := set(types) - set(PieceType):
+        raise TokenizerError(f"the GGUF file has tokens of the unknown type {min(strange)}")
     yield from map(Piece, tokens, scores, types)
 
 
@@ -110,20 +114,20 @@ def _distinct(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _config(metadata: dict[str, Any], *, add_bos: bool) -> TokenizerConfig:
-    tokens = _get(metadata, "tokens", [])
+    tokens = _list(metadata, "tokens", str)
     named = ("bos", "eos", "unknown", "padding", "seperator")  # GGUF spells the last one so
-    numbers = {name: _get(metadata, f"{name}_token_id", None) for name in named}
+    numbers = {name: _id(metadata, f"{name}_token_id") for name in named}
     texts = {
         _NAMES.get(name, f"{name}_token"): tokens[number]
         for name, number in numbers.items()
-        if number is not None and 0 <= number < len(tokens)
+        if number is not None and number < len(tokens)
     }
-    ends = [_get(metadata, name, None) for name in _END_IDS]
+    ends = [_id(metadata, name) for name in _END_IDS]
     return TokenizerConfig(
         named_tokens=texts,
         declared=tuple(_declared(metadata)),
-        add_bos=_get(metadata, "add_bos_token", add_bos),
-        add_eos=_get(metadata, "add_eos_token", False),
+        add_bos=_flag(metadata, "add_bos_token", add_bos),
+        add_eos=_flag(metadata, "add_eos_token", False),
         bos_id=numbers["bos"],
         eos_ids=tuple(number for number in ends if number is not None),
         chat_templates=_templates(metadata),
@@ -135,9 +139,12 @@ _NAMES = {"unknown": "unk_token", "padding": "pad_token", "seperator": "sep_toke
 
 def _declared(metadata: dict[str, Any]) -> Iterator[AddedToken]:
     """Control tokens; of byte-level vocabularies the user-defined ones too (no letters)."""
-    tokens = _get(metadata, "tokens", [])
+    tokens = _list(metadata, "tokens", str)
+    types = _list(metadata, "token_type", int)
+    if len(types) > len(tokens):
+        raise TokenizerError("the GGUF file's tokens, scores and types differ in number")
     is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
-    for number, kind in enumerate(_get(metadata, "token_type", [])):
+    for number, kind in enumerate(types):
         if kind == PieceType.CONTROL:
             yield AddedToken(number, tokens[number])
         elif kind == PieceType.USER_DEFINED and is_byte_level:
@@ -157,3 +164,31 @@ def _templates(metadata: dict[str, Any]) -> dict[str, str]:
 
 def _get(metadata: dict[str, Any], name: str, default: Any) -> Any:
     return metadata.get(f"tokenizer.ggml.{name}", default)
+
+
+def _list(
+    metadata: dict[str, Any], name: str, kind: type, default: Sequence[Any] = ()
+) -> list[Any]:
+    """The format's lists are of one type, so one item tells of all."""
+    found = _get(metadata, name, list(default))
+    if not isinstance(found, list) or not isinstance(next(iter(found), kind()), kind):
+        raise TokenizerError(f"tokenizer.ggml.{name} in the GGUF file is no list of {_WORDS[kind]}")
+    return found
+
+
+_WORDS = {str: "texts", int: "whole numbers", float: "numbers"}
+
+
+def _flag(metadata: dict[str, Any], name: str, default: bool) -> bool:
+    found = _get(metadata, name, default)
+    if not isinstance(found, bool):
+        raise TokenizerError(f"tokenizer.ggml.{name} in the GGUF file is {found!r}, not a boolean")
+    return found
+
+
+def _id(metadata: dict[str, Any], name: str) -> int | None:
+    """Padding ids of -1 stand for none."""
+    found = _get(metadata, name, None)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+        raise TokenizerError(f"tokenizer.ggml.{name} in the GGUF file is {found!r}, not a number")
+    return found if found is not None and 0 <= found < 1 << 31 else None

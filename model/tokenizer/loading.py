@@ -55,8 +55,8 @@ def _tokenizer_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     others = [*sorted(path.glob("tokenizer.model.v*"), reverse=True), *sorted(path.glob("*.gguf"))]
-    if others:
-        return others[0]
+    for other in filter(Path.is_file, others):
+        return other
     raise TokenizerError(_what_is_missing(path))
 
 

@@ -22,4 +22,4 @@ def refusing(refusal: Callable[[str], Exception]) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise refusal(f"{error or type(error).__name__}") from error
+        raise refusal(str(error) or type(error).__name__) from error

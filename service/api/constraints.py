@@ -186,9 +186,12 @@ def _grammar(source: _Source) -> str:
     options: dict[str, Any] = {}
     for found in _HEADER.finditer(text):
         try:
-            options |= json.loads(found[1])
-        except (ValueError, TypeError):
-            raise source.refuse("%llguidance takes a JSON object on its own line") from None
+            stated = json.loads(found[1])
+        except (ValueError, RecursionError):
+            stated = None
+        if not isinstance(stated, dict):
+            raise source.refuse("%llguidance takes a JSON object on its own line")
+        options |= stated
     return _lark(_HEADER.sub("", text), options)
 
 

@@ -116,7 +116,7 @@ def _forked(read: Any, path: Path, size: int, resident: int) -> Outcome:
 def _limit(size: int) -> None:
     bound = size + (MEBIBYTES << 20)
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))  # first a SIGXCPU, then the end
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(6 * SECONDS)  # what waits for ever takes no processor time
     with open(os.devnull, "w") as nowhere:  # native libraries talk there, panics too

@@ -63,7 +63,7 @@ def damaged_bytes(chance: Random, data: bytes, places: int = 4) -> bytes:
             case 4:
                 del out[at:end]
             case 5:
-                out[at:at] = out[at:end]
+                out[at:at] = bytes(out[at:end])
             case _:
                 del out[at:]
     return bytes(out)
@@ -73,7 +73,7 @@ def damaged_bytes(chance: Random, data: bytes, places: int = 4) -> bytes:
 
 
 def some_place(chance: Random, document: Any) -> tuple[Any, Any] | None:
-    """A value found by going down from the root: settings are as likely as a vocabulary's pieces."""
+    """Found by going down from the root: settings are as likely as a vocabulary's pieces."""
     found = None
     while isinstance(document, dict | list) and document:
         keys = list(document) if isinstance(document, dict) else range(len(document))
@@ -145,21 +145,15 @@ def damaged_safetensors(chance: Random, data: bytes) -> bytes:
             case 0:
                 entry["data_offsets"] = other["data_offsets"]
             case 1:
-                entry["shape"] = chance.choice(
-                    ([], [0], [-1], [1 << 40], [1 << 32, 1 << 32], [1.5])
-                )
+                entry["shape"] = chance.choice(([], [0], [-1], [1 << 40], [1 << 32] * 2, [1.5]))
             case 2:
                 entry["dtype"] = chance.choice(("F64", "F16", "I64", "BOOL", "F8_E4M3", "C64", ""))
             case 3:
                 entry["shape"] = other["shape"]
             case _:
                 header = damaged_document(chance, header, 1)
-        names = [
-            name
-            for name in header
-            if isinstance(header[name], dict)
-            and header[name].keys() >= {"dtype", "shape", "data_offsets"}
-        ]
+        whole = {"dtype", "shape", "data_offsets"}
+        names = [n for n, e in header.items() if isinstance(e, dict) and e.keys() >= whole]
         if not names:
             break
     written = json.dumps(header).encode()

@@ -4,6 +4,9 @@ answers.
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,10 +54,32 @@ def load_adapter(path: Path) -> None:
     read_adapter(path, SHAPES, 64, torch.float32)
 
 
+def crash(_: Path) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def spin(_: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 2))
+    while True:
+        pass
+
+
+def swallow(_: Path) -> None:
+    bytearray(4 << 30)
+
+
+def bug(_: Path) -> None:
+    raise KeyError("no refusal")
+
+
 READERS: dict[str, Callable[[Path], None]] = {
     "checkpoint": read_checkpoint,
     "tokenizer": use_tokenizer,
     "adapter": load_adapter,
+    "crash": crash,  # these four test the isolation
+    "spin": spin,
+    "swallow": swallow,
+    "bug": bug,
 }
 
 
@@ -73,7 +98,7 @@ def warm_up() -> None:
     import model.tokenizer.tiktoken  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        for read in READERS.values():
+        for read in (read_checkpoint, use_tokenizer, load_adapter):
             try:
                 read(Path(folder))
             except REFUSALS:

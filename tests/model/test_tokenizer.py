@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import TextNotEncodable, Tokenizer, TokenizerError, load_tokenizer
+from model.tokenizer.gguf import from_metadata
 from model.tokenizer.interface import Segment
 from model.tokenizer.special import any_of
 from tests.model import tiny_tokenizers as tiny
@@ -396,6 +397,68 @@ def test_what_is_wrong_with_a_folder_is_said(
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("tokenizer_config.json", {"additional_special_tokens": True}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": "x"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
+        ("tokenizer_config.json", {"chat_template": ["x"]}),
+        ("tokenizer_config.json", {"chat_template": "half a \ud83e"}),
+        ("tokenizer_config.json", {"eos_token": "half a \ud83e"}),
+        ("added_tokens.json", {"x": [1]}),
+        ("added_tokens.json", {"x": 0.5}),
+        ("added_tokens.json", {"\ud83e": 460}),
+        ("special_tokens_map.json", b"[" * 100_000),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_odd_files_beside_a_vocabulary_are_refused_in_one_line(
+    tmp_path: Path, name: str, contents: object
+) -> None:
+    tiny.write_folder(tmp_path, "tokenizer.json", tiny.byte_level_library())
+    raw = contents if isinstance(contents, bytes) else json.dumps(contents).encode()
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_panic_in_the_library_is_a_refusal(tmp_path: Path) -> None:
+    """Rust's panics are no exceptions: nothing above would catch one."""
+    library = json.loads(tiny.byte_level_library().to_str())
+    library["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(library))
+    with pytest.raises(TokenizerError, match="makes no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tokens": [1, 2]},
+        {"tokens": "abc"},
+        {"token_type": [-1, 1]},
+        {"token_type": ["a", "b"]},
+        {"scores": [0.5]},
+        {"scores": ["a", "b"]},
+        {"bos_token_id": "1"},
+        {"eos_token_id": [1]},
+        {"add_bos_token": "yes"},
+        {"add_space_prefix": 2},
+    ],
+)
+def test_gguf_metadata_of_other_types_are_refused_by_name(odd: dict[str, object]) -> None:
+    good: dict[str, object] = {"model": "llama", "tokens": ["<unk>", "a"], "token_type": [2, 1]}
+    stated = {f"tokenizer.ggml.{name}": value for name, value in (good | odd).items()}
+    with pytest.raises(TokenizerError, match="GGUF file"):
+        from_metadata(stated)
 
 
 def test_a_wordpiece_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import struct
@@ -199,6 +200,77 @@ def test_damaged_params_are_refused(change, meta: Path, tmp_path: Path):
     path = damaged_copy(meta, tmp_path / "p", "params.json", json.dumps(params).encode())
     with pytest.raises(ValueError):  # noqa: PT011 the config's own error is one as well
         load_model(path)
+
+
+def pickled(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def tied_up(levels: int) -> bytes:
+    """{t: t} of a tuple t with 2**levels leaves, all of them one: a few bytes a level."""
+    nested = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(levels))
+    return pickled(b"}", nested, b"h%ch%cs" % (levels, levels))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        tied_up(100),
+        pickled(b"}cos\nsystem\n(X\x04\x00\x00\x00exittR"),
+        pickled(b"}(i__main__\nx\n"),
+        pickled(b"(", b"d" * 10),
+        b"\x80\x05" + b"\x95" + b"\xff" * 8,
+    ],
+    ids=["tied-up", "system", "inst", "marks", "frame"],
+)
+def test_hostile_tables_in_a_pth_are_refused_before_they_are_followed(
+    table: bytes, meta: Path, tmp_path: Path
+) -> None:
+    path = damaged_copy(meta, tmp_path / "p", "consolidated.00.pth", b"")
+    with zipfile.ZipFile(path / "consolidated.00.pth", "w") as archive:
+        archive.writestr("a/data.pkl", table)
+        archive.writestr("a/data/0", bytes(64))
+    refused(path)
+    with pytest.raises(CheckpointError):
+        load_config(path)
+
+
+@pytest.mark.parametrize("names", [("a/data.pkl", "b/data.pkl"), ("a/data.pkl", "a/data.pkl")])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_tables_in_a_pth_are_refused(
+    names: tuple[str, ...], meta: Path, tmp_path: Path
+) -> None:
+    """Readers of zip files do not agree on which of the two counts."""
+    path = damaged_copy(meta, tmp_path / "p", "consolidated.00.pth", b"")
+    with zipfile.ZipFile(path / "consolidated.00.pth", "w") as archive:
+        for name in names:
+            archive.writestr(name, pickled(b"}"))
+    refused(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "consolidated.00.pth", "model.gguf"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_only_files_are_opened(name: str, kind: str, meta: Path, tmp_path: Path) -> None:
+    path = damaged_copy(meta, tmp_path / "p", "config.json", b"{}")
+    (path / "consolidated.00.pth").unlink()
+    if kind == "pipe":
+        os.mkfifo(path / name)  # opening it would wait for a writer
+    elif kind == "folder":
+        (path / name).mkdir()
+    else:
+        (path / name).symlink_to("/dev/zero" if kind == "device" else path / name)
+    assert "no weights" in refused(path)
+
+
+def test_what_a_file_says_stays_on_one_line(huggingface: Path, tmp_path: Path) -> None:
+    config = json.loads((huggingface / "config.json").read_text())
+    for odd in ("a\nERROR forged", "\x1b[2Jcleared", "\ud800", "x" * 100_000):
+        content = json.dumps(config | {"architectures": [odd]}).encode()
+        path = damaged_copy(huggingface, tmp_path / "o", "config.json", content)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 the config's own error
+            load_config(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
 
 
 # --------------------------------------------------------------------------- GGUF
