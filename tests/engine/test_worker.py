@@ -65,6 +65,8 @@ class CountingRunner:
     delay: float = 0.0
     steps: list[int] = field(default_factory=list)
     num_ahead: int = 0  # launched while another was under way
+    num_abandoned: int = 0
+    num_freed: int = 0
 
     def launch(self, step: Step, before: Step | None) -> Step:
         assert before is not None or all(row.token_from is None for row in step.rows)
@@ -89,6 +91,15 @@ class CountingRunner:
 
     def is_fatal(self, error: Exception) -> bool:
         return isinstance(error, Fatal)
+
+    def lacks_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
+    def abandon(self, step: Step) -> None:
+        self.num_abandoned += 1
+
+    def free_memory(self) -> None:
+        self.num_freed += 1
 
 
 class Caller:
