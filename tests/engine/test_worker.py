@@ -18,6 +18,7 @@ import pytest
 
 from service.engine.blocks import BlockPool
 from service.engine.connections import Connections
+from service.engine.flight_recorder import FlightRecorder
 from service.engine.framing import FrameReader, encode_frame
 from service.engine.loop import EngineLoop
 from service.engine.messages import (
@@ -60,18 +61,23 @@ def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @dataclass
 class CountingRunner:
-    """Draws each sequence's length; knows a few poisons."""
+    """Draws each sequence's length; knows a few poisons. ``memory`` does for so many tokens."""
 
     delay: float = 0.0
     steps: list[int] = field(default_factory=list)
     num_ahead: int = 0  # launched while another was under way
     num_abandoned: int = 0
     num_freed: int = 0
+    memory: int = 1_000_000
+    rows: list[list[int]] = field(default_factory=list)  # requests of each step
 
     def launch(self, step: Step, before: Step | None) -> Step:
         assert before is not None or all(row.token_from is None for row in step.rows)
         self.num_ahead += before is not None
         self.steps.append(step.num_tokens)
+        self.rows.append([row.sequence.id for row in step.rows])
+        if step.num_tokens > self.memory:
+            raise MemoryError
         time.sleep(self.delay)
         first = {row.sequence.tokens[0] for row in step.rows}
         if POISON in first:
@@ -167,7 +173,9 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, delay: float = 0.0, **bounds: int) -> Iterator[Served]:
+def serving(
+    folder: Path, delay: float = 0.0, recorder: FlightRecorder | None = None, **bounds: int
+) -> Iterator[Served]:
     path = str(folder / "engine.sock")
     connections = Connections(path)
     pulse = Pulse(connections)
@@ -183,6 +191,7 @@ def serving(folder: Path, delay: float = 0.0, **bounds: int) -> Iterator[Served]
         StepRates(),
         {"device": "none"},
         runs_ahead=RUNS_AHEAD,
+        recorder=recorder,
     )
     thread = threading.Thread(target=lambda: codes.append(loop.run()))
     thread.start()
@@ -338,16 +347,6 @@ def test_a_step_that_fails_costs_its_requests_and_the_engine_goes_on(tmp_path: P
         state = caller.hear_state(running=0, waiting=0)
         assert state.free_blocks == NUM_BLOCKS - 1
         assert state.counters["failed_steps"] == 1
-
-
-@pytest.mark.parametrize("prompts", [[FATAL], [POISON] * 3])
-def test_a_device_beyond_use_ends_the_engine(tmp_path: Path, prompts: list[int]) -> None:
-    with serving(tmp_path) as engine:
-        caller = engine.call()
-        for number, first in enumerate(prompts):
-            caller.say(ask(number, first=first))
-            assert caller.hear_end(number).finish_reason == "error"
-        assert engine.exit_code() == 4
 
 
 def test_a_draining_engine_refuses_and_finishes(tmp_path: Path) -> None:
