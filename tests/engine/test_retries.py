@@ -104,12 +104,12 @@ async def test_who_had_seen_something_gets_one_error_and_what_had_come_unread_is
     async with serving() as client:
         (reader,) = await started(client, fail(read_all(client, [script.COUNT])))
         await until(lambda: script_has_answered(client, 1))
-        async with client.submit([script.COUNT], settings(600)) as generation:
+        async with client.submit([script.COUNT], settings(120)) as generation:
             await until(lambda: generation.num_tokens > 3)  # nobody reads
             kill(client)
             assert isinstance(await reader, EngineFailure)
             outputs = [output async for output in generation]
-        assert tokens(outputs) == [*range(600)]
+        assert tokens(outputs) == [*range(120)]
         assert client.num_discarded > 3  # what the first engine had said is accounted for
 
 
