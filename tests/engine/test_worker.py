@@ -20,7 +20,7 @@ from service.engine.blocks import BlockPool
 from service.engine.connections import Connections
 from service.engine.flight_recorder import FlightRecorder
 from service.engine.framing import FrameReader, encode_frame
-from service.engine.loop import EngineLoop
+from service.engine.loop import UNSEEN_STEP, EngineLoop
 from service.engine.messages import (
     Accepted,
     Cancel,
@@ -241,6 +241,7 @@ def test_an_engine_in_a_long_step_beats_too(tmp_path: Path) -> None:
         caller.hear_answer()
         seen = [caller.hear_state(), caller.hear_state()]
         assert all(state.step_elapsed > 0 for state in seen)
+        assert seen[0].step_estimate == UNSEEN_STEP  # of this size none was seen: it may compile
         assert caller.hear_end(1).finish_reason == "length"
 
 
