@@ -34,6 +34,7 @@ from service.engine.messages import (
 from service.engine.options import EngineOptions
 from service.engine.process import WORKER
 from service.engine.quarantine import Quarantine
+from service.engine.refusals import as_error, unavailable
 from service.engine.retries import Retries
 from service.engine.supervisor import Patience, Supervisor
 from service.engine.tally import Tally
@@ -291,8 +292,7 @@ class EngineClient:
         if self.is_ready and self._supervisor.is_connected and not self._is_draining:
             return
         stage = "draining" if self._is_draining else self._state.stage
-        code, message = REFUSALS.get(stage, REFUSALS["restarting"])
-        raise errors.Unavailable(message, code=code, retry_after=self.retry_after())
+        raise unavailable(stage, self.retry_after())
 
     def _register(self, submit: Submit, tally: Tally) -> Attempt:
         def cancel(choice: int) -> None:
@@ -468,25 +468,3 @@ class EngineClient:
             self._stage_since = now
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-REFUSALS = {
-    "starting": ("loading", "the model is being loaded: try again later"),
-    "loading": ("loading", "the model is being loaded: try again later"),
-    "warming_up": ("loading", "the model is being warmed up: try again later"),
-    "restarting": ("engine_restarting", "the engine is being restarted: try again later"),
-    "stalled": ("engine_restarting", "the engine makes no progress: try again later"),
-    "draining": ("draining", "the server is shutting down: try again, if possible elsewhere"),
-    "failed": ("engine_failed", "the engine could not be started"),
-    "stopped": ("engine_failed", "the engine is stopped"),
-}
-
-
-def as_error(refused: Refused) -> errors.PronkError:
-    """The class of ``service.errors`` the engine named; any other name is a failure of its own."""
-    kind = getattr(errors, refused.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.PronkError)):
-        kind = errors.EngineFailure
-    return kind(
-        refused.message, param=refused.param, code=refused.code, retry_after=refused.retry_after
-    )
