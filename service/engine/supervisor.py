@@ -40,7 +40,7 @@ class Patience:
     stalled_after: float = 10.0  # without progress; a step may take ten times its estimate
     grace: float = 2.0  # after its stacks are dumped, before a stalled one is killed
     watch_interval: float = 0.5
-    connect: float = 60.0  # for the process to listen
+    connect: float = 120.0  # for the process to listen
     retry: float = 300.0  # a request of which nothing was seen waits for the next engine
 
 
