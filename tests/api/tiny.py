@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM
 from service.api.app import create_app
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
-from service.ledger.ledger import Ledger
 from service.engine.process import WORKER
 from service.engine.supervisor import Patience
+from service.ledger.ledger import Ledger
 from service.registry import ModelRegistry, ServedAdapter, ServedModel
 from service.settings import Settings
 from tests.api.conftest import talking_to
