@@ -419,7 +419,10 @@ class EngineClient:
         return state
 
     async def _try_suspects(self) -> None:
-        await self._retries.try_suspects()
+        try:
+            await self._retries.try_suspects()
+        except Exception:  # a bug in there must not leave everybody without an engine
+            logger.exception("suspects could not be tried")
         self._trial = None
         self._retries.send_rest()
         self.announced(self._supervisor.watchdog.state)

@@ -16,14 +16,12 @@ from service.engine.paging import Paging
 from service.engine.sequence import Sequence, Status
 from service.engine.speculation import Speculator
 from service.engine.step import Step, make_row
+from service.engine.step_bounds import PROMPT_SHARE, StepBounds
 from service.engine.trial import Trials
 from service.engine.waiting import WaitingQueue
 from service.engine.yielding import Room, Yielding, by_share_of_pages
 
-PROMPT_SHARE = 32  # tokens of every step's budget that running decodes cannot take
 PIECES = 8  # of a step's budget: prompts of different accounts share it so
-LEAST_BUDGET = 16  # tokens: a step is made no smaller for want of memory
-STEPS_TO_WIDEN = 64  # without running out of memory, before steps are twice as large again
 _order = attrgetter("order")
 
 
@@ -54,8 +52,7 @@ class Lineup:
         """``fair`` is ``waiting`` itself, where accounts share."""
         self.running: list[Sequence] = []
         self.waiting = waiting
-        self._set_bounds(max_num_seqs, max_num_batched_tokens)
-        self._widest = self.max_num_seqs, self.budget
+        self._bounds = StepBounds(max_num_seqs, max_num_batched_tokens)
         self.trials = Trials()
         self._piece = max(PROMPT_SHARE, max_num_batched_tokens // PIECES)
         self._paging = paging
@@ -70,11 +67,13 @@ class Lineup:
             pages_for, pages_freed = paging.pages_wanted, paging.pages_held_alone
             self._yielding = Yielding(fair.shares, fair, pages_for, pages_freed)
 
-    def _set_bounds(self, max_num_seqs: int, budget: int) -> None:
-        share = min(PROMPT_SHARE, budget // 2)
-        self.max_num_seqs = min(max_num_seqs, budget - share)
-        self.budget = budget
-        self._num_steps = 0  # with these bounds
+    @property
+    def max_num_seqs(self) -> int:
+        return self._bounds.max_num_seqs
+
+    @property
+    def budget(self) -> int:
+        return self._bounds.budget
 
     @property
     def free_slots(self) -> int:
@@ -94,7 +93,7 @@ class Lineup:
         What is left of it may go to guesses, which start from tokens that are known: not ahead of
         the step that draws them.
         """
-        self._widen()
+        self._bounds.widen()
         fair = self._fair
         if (suspect := self.trials.current()) is not None:
             self._fill_trial(suspect, step)
@@ -232,24 +231,14 @@ class Lineup:
         self._preempt(sequence)
 
     def narrow(self, num_rows: int, num_tokens: int) -> bool:
-        """Memory did not do for a step of so many: from now on half of it at most.
+        """Memory did not do for a step of so many; False where it can be made no smaller.
 
-        False where there is nothing to halve. The youngest go back to the queue.
+        The youngest go back to the queue.
         """
-        if num_rows == 1 and num_tokens <= LEAST_BUDGET:
-            return False
-        rows = min(self.max_num_seqs, max(1, num_rows // 2))
-        self._set_bounds(rows, min(self.budget, max(LEAST_BUDGET, num_tokens // 2)))
+        can_narrow = self._bounds.narrow(num_rows, num_tokens)
         while len(self.running) > self.max_num_seqs:
             self._preempt(self.running.pop())
-        return True
-
-    def _widen(self) -> None:
-        self._num_steps += 1
-        if self._num_steps < STEPS_TO_WIDEN or (self.max_num_seqs, self.budget) == self._widest:
-            return
-        seqs, budget = self._widest
-        self._set_bounds(min(seqs, 2 * self.max_num_seqs), min(budget, 2 * self.budget))
+        return can_narrow
 
     def _fill_trial(self, sequence: Sequence, step: Step) -> None:
         """This one alone; the others keep what they have, unless it needs their pages."""
