@@ -373,6 +373,8 @@ ERRORS = {  # class: when
     "takes too much to compile or to follow",
     "ContextLengthExceeded": "prompt and answer are longer than the context",
     "NotSupported": "a field that a newer one replaced, or that would need something stored",
+    "PoisonRequest": "the request ended the engine twice while it was computed; refused, by a hash "
+    "of what it asks for and of the account, for ten minutes",
     "RequestTimeout": "the body came too slowly (`--body-timeout`)",
     "RequestTooLarge": "the body is larger than `--max-body-bytes`",
     "HeadersTooLarge": "the request's headers are longer than 64 KiB, or more than 128; the "

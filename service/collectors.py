@@ -104,7 +104,17 @@ class OwnStates(Collector):
 
     def collect(self) -> Iterator[Metric]:
         restarts = CounterMetricFamily(
-            OWN + "engine_restarts", "Engine processes started anew", labels=LABELS
+            OWN + "engine_restarts",
+            "Engine processes started anew, by why the one before had ended",
+            labels=[*LABELS, "reason"],
+        )
+        retried = CounterMetricFamily(
+            OWN + "retried_requests",
+            "Requests sent to a second engine because the first one died over them",
+            labels=LABELS,
+        )
+        poisonous = CounterMetricFamily(
+            OWN + "poisonous_requests", "Refusals of what ended the engine twice", labels=LABELS
         )
         ready = GaugeMetricFamily(OWN + "engine_ready", "1 while it takes work", labels=LABELS)
         waiting = GaugeMetricFamily(
@@ -142,12 +152,15 @@ class OwnStates(Collector):
                 counters = engine.state.counters
                 in_engine = counters.get("discarded_tokens", 0)
                 discarded.add_metric(labels, dropped + in_engine)
-                restarts.add_metric(labels, engine.num_restarts)
+                for reason, count in engine.restarts.items():
+                    restarts.add_metric([*labels, reason], count)
+                retried.add_metric(labels, engine.num_retried)
+                poisonous.add_metric(labels, engine.num_poisonous)
                 ready.add_metric(labels, engine.is_ready)
                 waiting.add_metric(labels, engine.state.waiting_tokens)
                 steps.add_metric(labels, counters.get("step_seconds", 0))
                 gaps.add_metric(labels, counters.get("gap_seconds", 0))
-        yield from (restarts, ready, waiting, discarded, usage, steps, gaps)
+        yield from (restarts, retried, poisonous, ready, waiting, discarded, usage, steps, gaps)
         yield from (family for _, family in counted.values())
 
 

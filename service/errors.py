@@ -52,6 +52,12 @@ class NotSupported(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class PoisonRequest(InvalidRequest):
+    """It ended the engine twice while it was computed; see ``service.engine.quarantine``."""
+
+    code = "poison_request"
+
+
 class RequestTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"

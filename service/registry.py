@@ -55,7 +55,17 @@ class Engine(Protocol):
     observers: list[Callable[[Outputs | State], None]]
 
     @property
-    def num_restarts(self) -> int: ...
+    def restarts(self) -> Mapping[str, int]:
+        """Engines started anew, by why the one before had ended."""
+
+    @property
+    def num_retried(self) -> int:
+        """Requests that a second engine was asked for, because the first died over them."""
+
+    @property
+    def num_poisonous(self) -> int:
+        """Refusals of requests that ended the engine twice."""
+
     @property
     def num_discarded(self) -> int:
         """Tokens that reached this process and nobody read."""

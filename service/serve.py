@@ -30,6 +30,7 @@ from service.engine.client import EngineClient
 from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
 from service.engine.messages import State
 from service.engine.options import EngineOptions
+from service.engine.supervisor import Patience as EnginePatience
 from service.errors import EngineFailure
 from service.keys.file import KeysProblem
 from service.ledger.ledger import Ledger
@@ -178,6 +179,10 @@ def engine_options(
     )
 
 
+def engine_patience(settings: Settings) -> EnginePatience:
+    return EnginePatience(stalled_after=settings.watchdog_timeout, retry=settings.retry_timeout)
+
+
 class Backend:
     """A model's engine and the app in front of it; whoever owns it brings it up and asks the app.
 
@@ -192,7 +197,8 @@ class Backend:
         self.plan = core_plan(settings, source)
         if self.plan.http is not None:
             hold(self.plan.http)
-        self.engine = EngineClient(engine_options(settings, source, self.plan, self.draft))
+        options = engine_options(settings, source, self.plan, self.draft)
+        self.engine = EngineClient(options, patience=engine_patience(settings))
         names = settings.served_model_name or [source.name]
         self.model = ServedModel(names, [self.engine], settings.max_model_len or UNKNOWN_LENGTH)
         if both := settings.adapters.keys() & set(names):

@@ -319,6 +319,18 @@ class Settings(BaseSettings):
     )
     drain_timeout: float = Field(30.0, ge=0, description="Seconds streams in flight get to finish")
     keep_alive: int = Field(75, ge=1, description="Seconds an idle connection is kept")
+    watchdog_timeout: float = Field(
+        10.0,
+        ge=1,
+        description="Seconds without a sign of life or a completed step (or ten times what the "
+        "step should take, if that is more) after which the engine is ended and started anew",
+    )
+    retry_timeout: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds a request of which nothing was sent yet waits for another engine "
+        "when its own died",
+    )
     ping_interval: float = Field(
         5.0, gt=0, description="Seconds of silence before a stream's comment"
     )

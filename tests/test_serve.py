@@ -211,27 +211,6 @@ def test_a_second_signal_ends_at_once() -> None:
         assert running.end(timeout=10) != 0
 
 
-def test_a_killed_server_leaves_no_engine_and_no_socket_behind() -> None:
-    with serving("--no-sample") as running:
-        engines = psutil.Process(running.process.pid).children(recursive=True)
-        assert engines, "the engine is a process of its own"
-        folders = sockets_of(engines[0])
-        assert folders, "the engine listens on a Unix socket"
-        running.process.kill()
-        running.process.wait()
-        psutil.wait_procs(engines, timeout=15)
-        assert [process for process in engines if process.is_running()] == []
-        end = time.monotonic() + 5
-        while any(path.exists() for path in folders) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert [path for path in folders if path.exists()] == []
-
-
-def sockets_of(process: psutil.Process) -> list[Path]:
-    found = {connection.laddr for connection in process.net_connections("unix")}
-    return [Path(str(name)) for name in found if name]
-
-
 def test_a_killed_engine_is_back_and_every_client_is_answered(server: Running) -> None:
     reader = Reader(server.url, STREAM | {"max_tokens": 1000, "n": 16})
     for engine in psutil.Process(server.process.pid).children():

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from service import errors
+from service.engine.attempt import Attempt
 from service.engine.generation import Generation
 from service.engine.messages import (
     Accepted,
@@ -32,6 +33,9 @@ from service.engine.messages import (
 )
 from service.engine.options import EngineOptions
 from service.engine.process import WORKER
+from service.engine.quarantine import Quarantine
+from service.engine.refusals import as_error, unavailable
+from service.engine.retries import Retries
 from service.engine.supervisor import Patience, Supervisor
 from service.engine.tally import Tally
 
@@ -41,6 +45,8 @@ Observer = Callable[[Outputs | State], None]
 NEVER_READY = ("failed", "stopped")
 BEFORE_READY = {"starting", "loading", "warming_up"}
 MAX_RETRY_AFTER = 300.0  # seconds
+DIED = "the engine failed while it answered: try again"
+TRYING = "requests that ran when the engine failed are tried one at a time"
 
 
 class EngineClient:
@@ -55,18 +61,22 @@ class EngineClient:
     ) -> None:
         self.observers: list[Observer] = []  # called with every Outputs and State, on the loop
         self.num_discarded = 0  # tokens that reached this process and nobody read
-        self._supervisor = Supervisor(options, patience or Patience(), self, worker)
+        patience = patience or Patience()
+        self._supervisor = Supervisor(options, patience, self, worker)
+        self._quarantine = Quarantine()
+        self._retries = Retries(self._quarantine, patience.retry, self._send)
+        self._trial: asyncio.Task[None] | None = None  # of suspects, before the engine is ready
         self._state = State(stage="stopped")
         self._changed = asyncio.Event()  # replaced at each change of stage
         self._stage_since = time.monotonic()
         self._load_seconds = 10.0  # a guess until a load was timed
         self._next_id = 0
-        self._generations: dict[int, Generation] = {}
+        self._attempts: dict[int, Attempt] = {}
         self._left: dict[int, Generation] = {}  # by their readers; the engine may not know it yet
-        self._admissions: dict[int, asyncio.Future[None]] = {}
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._adapters = dict(options.adapters)  # name to folder: what a new engine is to load
         self._is_draining = False
+        self._is_stopping = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -85,8 +95,23 @@ class EngineClient:
         return self._supervisor.num_restarts
 
     @property
+    def restarts(self) -> Mapping[str, int]:
+        """By why the engine before had ended: see ``supervisor.RESTART_REASONS``."""
+        return self._supervisor.restarts
+
+    @property
+    def num_retried(self) -> int:
+        """Requests sent to a second engine because the first one died over them."""
+        return self._retries.num_retried
+
+    @property
+    def num_poisonous(self) -> int:
+        """Refusals of what ended the engine twice."""
+        return self._quarantine.num_refused
+
+    @property
     def num_unfinished(self) -> int:
-        return len(self._generations)
+        return len(self._attempts)
 
     @property
     def pid(self) -> int | None:
@@ -131,7 +156,7 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the engine process; every request still waiting fails."""
-        self._is_draining = True
+        self._is_draining = self._is_stopping = True
         await self._supervisor.stop()
 
     async def ping(self) -> Reply:
@@ -220,71 +245,95 @@ class EngineClient:
             logprobs_from=logprobs_from,
             is_continuation=is_continuation,
         )
-        generation = await self._admit(submit, tally or Tally())
+        attempt = await self._admit(submit, tally or Tally())
         try:
-            yield generation
+            yield attempt.generation
         finally:
-            self._leave(generation)
+            self._leave(attempt)
 
-    async def _admit(self, submit: Submit, tally: Tally) -> Generation:
+    async def _admit(self, submit: Submit, tally: Tally) -> Attempt:
         """Register, send, wait for the answer; a refusal or a hang-up leaves nothing behind."""
-        is_draining = self._state.stage == "draining" and self._supervisor.is_connected
-        if not (submit.is_continuation and is_draining):
+        if not submit.is_continuation:
             self._refuse_unless_serving()
-        generation = self._register(submit, tally)
-        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._admissions[submit.id] = admission
+        attempt = self._register(submit, tally)
         try:
-            self._supervisor.send(submit)
-            await admission
-        except BaseException as error:
-            if isinstance(error, errors.PronkError):
-                generation.close()  # refused: the engine holds nothing to cancel
-            self._leave(generation)
+            await self._enter(attempt)
+            await attempt.admission
+        except BaseException:
+            self._leave(attempt)
             raise
-        finally:
-            self._admissions.pop(submit.id, None)
-        return generation
+        return attempt
+
+    async def _enter(self, attempt: Attempt) -> None:
+        """To the engine; what goes on with an answer that has begun waits for one to be there."""
+        submit = attempt.submit
+        if (record := self._quarantine.find(submit)) is not None:
+            self._quarantine.refuse_convicted(submit)
+            await self._retries.wait_turn(attempt, record.progress)
+        if not submit.is_continuation:
+            self._refuse_unless_serving()
+        elif not self._can_go_on:
+            if self._is_stopping or self._state.stage in NEVER_READY:
+                raise errors.EngineFailure(DIED)
+            return self._retries.park(attempt)
+        return self._send(attempt)
+
+    @property
+    def _can_go_on(self) -> bool:
+        return self._state.stage in ("ready", "draining") and self._supervisor.is_connected
+
+    def _send(self, attempt: Attempt) -> None:
+        submit = attempt.due(self._supervisor.watchdog.state.adapters)
+        attempt.num_tries += 1
+        attempt.is_in_engine = True
+        self._supervisor.send(submit)
 
     def _refuse_unless_serving(self) -> None:
         if self.is_ready and self._supervisor.is_connected and not self._is_draining:
             return
         stage = "draining" if self._is_draining else self._state.stage
-        code, message = REFUSALS.get(stage, REFUSALS["restarting"])
-        raise errors.Unavailable(message, code=code, retry_after=self.retry_after())
+        raise unavailable(stage, self.retry_after())
 
-    def _register(self, submit: Submit, tally: Tally) -> Generation:
+    def _register(self, submit: Submit, tally: Tally) -> Attempt:
         def cancel(choice: int) -> None:
             self._cancel(generation, choice)
 
         generation = Generation(submit.id, len(submit.settings), cancel, tally)
         tally.begin()
-        self._generations[submit.id] = generation
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        attempt = self._attempts[submit.id] = Attempt(submit, generation, admission)
         self._idle.clear()
-        return generation
+        return attempt
 
-    def _leave(self, generation: Generation) -> None:
+    def _leave(self, attempt: Attempt) -> None:
         """The one door of cancellation: hang-ups, deadlines, stop strings and ends all pass it."""
-        if not generation.is_finished:
+        generation = attempt.generation
+        if attempt.is_in_engine and not generation.is_finished:
             self._cancel(generation)
+        elif attempt.is_in_engine and generation.has_given:
+            self._quarantine.acquit(attempt.submit)
+        attempt.is_in_engine = False
+        self._retries.drop(attempt)
         generation.close()
+        attempt.passed.set()
         self.num_discarded += generation.num_discarded
-        self._generations.pop(generation.number, None)
+        self._attempts.pop(attempt.number, None)
         if generation.num_cancels:
             self._left[generation.number] = generation
         else:
             generation.tally.end()
-        if not self._generations:
+        if not self._attempts:
             self._idle.set()
 
     def _cancel(self, generation: Generation, choice: int | None = None) -> None:
         """Outputs on their way still come: the engine's answer is the last of them."""
-        if not generation.has_failed:
+        if self._supervisor.is_connected and not generation.has_failed:
             generation.num_cancels += 1
             self._supervisor.send(Cancel(generation.number, choice))
 
     def _note_cancelled(self, number: int) -> None:
-        generation = self._generations.get(number) or self._left.get(number)
+        attempt = self._attempts.get(number)
+        generation = self._left.get(number) if attempt is None else attempt.generation
         if generation is None:
             return
         generation.num_cancels -= 1
@@ -315,6 +364,10 @@ class EngineClient:
                     reply.set_result(message)
 
     def announced(self, state: State) -> None:
+        if state.stage == "ready":
+            state = self._resumed(state)
+        elif state.stage in NEVER_READY:
+            self._retries.fail_all(errors.EngineFailure(DIED))
         if self._is_draining and state.stage == "ready":
             state = replace(state, stage="draining")
         earlier, self._state = self._state, state
@@ -322,40 +375,78 @@ class EngineClient:
             self._note_change(earlier.stage, state.stage)
         self._tell(state)
 
-    def lost(self, reason: str) -> None:
-        """Nobody waits for a dead engine."""
-        for admission in self._admissions.values():
-            if not admission.done():
-                admission.set_exception(errors.EngineFailure("the engine failed: try again"))
+    def lost(self, reason: str, at_hand: Collection[int] = ()) -> None:
+        """Nobody waits for a dead engine: who has seen nothing yet waits for the next one."""
+        if self._trial is not None:
+            self._trial.cancel()
+            self._trial = None
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(errors.EngineFailure(reason))
-        for generation in self._generations.values():
-            generation.num_cancels = 0  # nobody is left to answer them
-            generation.fail("the engine failed while it answered: try again")
         left, self._left = self._left, {}
         for generation in left.values():
             generation.tally.end()
+        for attempt in self._attempts.values():
+            attempt.generation.num_cancels = 0  # nobody is left to answer them
+        orphans = [attempt for attempt in self._attempts.values() if attempt.is_in_engine]
+        orphans = [attempt for attempt in orphans if not attempt.generation.is_finished]
+        suspects = [attempt for attempt in orphans if attempt.number in at_hand]
+        are_suspects = not self._is_stopping and self._quarantine.note_death(
+            (attempt.submit, attempt.generation.num_tokens) for attempt in suspects
+        )
+        for attempt in orphans:
+            self._bereave(attempt, is_suspect=are_suspects and attempt in suspects)
+
+    def _bereave(self, attempt: Attempt, *, is_suspect: bool) -> None:
+        attempt.is_in_engine = False
+        try:
+            self._quarantine.refuse_convicted(attempt.submit)
+            if self._is_stopping or not attempt.may_retry:
+                raise errors.EngineFailure(DIED)
+        except errors.PronkError as error:
+            attempt.fail(error)
+        else:
+            attempt.generation.restart()
+            self._retries.park(attempt, is_suspect=is_suspect)
+
+    def _resumed(self, state: State) -> State:
+        """An engine is there: what waits for it goes first, and newcomers once suspects passed."""
+        if self._trial is None and self._retries.has_suspects:
+            self._trial = asyncio.create_task(self._try_suspects(), name="trial of suspects")
+        if self._trial is not None:
+            return replace(state, stage="restarting", reason=TRYING)
+        self._retries.send_rest()
+        return state
+
+    async def _try_suspects(self) -> None:
+        try:
+            await self._retries.try_suspects()
+        except Exception:  # a bug in there must not leave everybody without an engine
+            logger.exception("suspects could not be tried")
+        self._trial = None
+        self._retries.send_rest()
+        self.announced(self._supervisor.watchdog.state)
 
     def _settle(self, number: int, error: errors.PronkError | None) -> None:
         """Answer the submit that waits; one that hung up has left no future behind."""
-        admission = self._admissions.get(number)
+        attempt = self._attempts.get(number)
         reply = self._replies.get(number)
         if error is not None and reply is not None and not reply.done():
             reply.set_exception(error)
-        if admission is None or admission.done():
+        if attempt is None:
             return
         if error is None:
-            admission.set_result(None)
+            attempt.admit()
         else:
-            admission.set_exception(error)
+            attempt.fail(error)
 
     def _deliver(self, outputs: Outputs) -> None:
         self._tell(outputs)  # before the generations, whose merging makes the lists grow
         for output in outputs.outputs:
-            generation = self._generations.get(output.id)
-            if generation is not None:
-                generation.push(output)
+            attempt = self._attempts.get(output.id)
+            if attempt is not None:
+                attempt.generation.push(output)
+                attempt.note_progress()
             else:
                 self._note_late(output)
 
@@ -380,25 +471,3 @@ class EngineClient:
             self._stage_since = now
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-REFUSALS = {
-    "starting": ("loading", "the model is being loaded: try again later"),
-    "loading": ("loading", "the model is being loaded: try again later"),
-    "warming_up": ("loading", "the model is being warmed up: try again later"),
-    "restarting": ("engine_restarting", "the engine is being restarted: try again later"),
-    "stalled": ("engine_restarting", "the engine makes no progress: try again later"),
-    "draining": ("draining", "the server is shutting down: try again, if possible elsewhere"),
-    "failed": ("engine_failed", "the engine could not be started"),
-    "stopped": ("engine_failed", "the engine is stopped"),
-}
-
-
-def as_error(refused: Refused) -> errors.PronkError:
-    """The class of ``service.errors`` the engine named; any other name is a failure of its own."""
-    kind = getattr(errors, refused.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.PronkError)):
-        kind = errors.EngineFailure
-    return kind(
-        refused.message, param=refused.param, code=refused.code, retry_after=refused.retry_after
-    )

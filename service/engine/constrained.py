@@ -156,6 +156,12 @@ class ConstrainedRows:
         state.take([draw.token])
         return draw._replace(completes=state.is_complete)
 
+    def forget(self, step: Step) -> None:
+        """Its draws may have been taken here and nowhere else."""
+        for row in step.rows:
+            for choice in row.choices:
+                self._states.pop(_key(row.sequence, choice), None)
+
     def forget_finished(self) -> None:
         gone = [key for key, (owner, _) in self._states.items() if owner.status is Status.FINISHED]
         for key in gone:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from service.engine.messages import Output
 from service.engine.tally import Tally
-from service.errors import EngineFailure, PronkError
+from service.errors import PronkError
 
 FIRST_ONLY = ("prompt_tokens", "cached_tokens", "prompt_logprobs", "queue_time", "prefill_time")
 
@@ -18,8 +18,8 @@ class Generation:
     """Yields every choice's outputs until each has a finish reason, then ends.
 
     At most one pending output a choice: tokens that arrive before the reader comes are appended to
-    it, so a slow reader holds at most n * max_tokens tokens. Raises ``EngineFailure`` when the
-    engine dies.
+    it, so a slow reader holds at most n * max_tokens tokens. Raises what ``fail`` was told, when
+    the engine died over it.
     """
 
     def __init__(
@@ -33,11 +33,15 @@ class Generation:
         self.tally = tally or Tally()
         self.num_discarded = 0  # tokens that nobody read: past a stop string, or after a hang-up
         self.num_cancels = 0  # told to the engine, which has not answered yet
+        self.num_tokens = 0  # that have come
+        self.has_given = False  # the reader has seen something of it
+        self._num_choices = num_choices
         self._unfinished = set(range(num_choices))
         self._cancel = cancel
         self._pending: dict[int, Output] = {}  # in order of arrival
         self._failure: PronkError | None = None
         self._arrived = asyncio.Event()
+        self._is_held = False
 
     @property
     def is_finished(self) -> bool:
@@ -52,13 +56,14 @@ class Generation:
         return self
 
     async def __anext__(self) -> Output:
-        while not self._pending:
-            if self.is_finished:
+        while self._is_held or not self._pending:
+            if not self._is_held and self.is_finished:
                 raise StopAsyncIteration
-            if self._failure is not None:
+            if not self._is_held and self._failure is not None:
                 raise self._failure
             self._arrived.clear()
             await self._arrived.wait()
+        self.has_given = True
         return self._pending.pop(next(iter(self._pending)))
 
     def stop(self, choice: int) -> None:
@@ -72,6 +77,7 @@ class Generation:
     def push(self, output: Output) -> None:
         """Called by the client for every output that names this generation."""
         self.tally.note(output)
+        self.num_tokens += len(output.tokens)
         if output.choice not in self._unfinished:
             return self._discard(output)
         if output.finish_reason is not None:
@@ -81,18 +87,36 @@ class Generation:
         self._arrived.set()
         return None
 
-    def fail(self, reason: str) -> None:
-        """The engine is gone: what has arrived is still read, then the iterator raises."""
-        self._failure = EngineFailure(reason)
+    def fail(self, error: PronkError) -> None:
+        """Nothing more will come: what has arrived is still read, then the iterator raises."""
+        self._failure = error
+        self.release()
+
+    def hold(self) -> None:
+        """The reader sees nothing for now: what comes may have to be made anew."""
+        self._is_held = True
+
+    def release(self) -> None:
+        self._is_held = False
         self._arrived.set()
+
+    def restart(self) -> None:
+        """It is to be computed anew: nobody has seen what had come of it."""
+        assert not self.has_given, "its reader knows how it began"
+        self._discard_pending()
+        self._unfinished = set(range(self._num_choices))
+        self.num_tokens = 0
 
     def close(self) -> None:
         """The reader left: count what it did not take."""
+        self._discard_pending()
+        self._unfinished.clear()
+        self.release()
+
+    def _discard_pending(self) -> None:
         for output in self._pending.values():
             self._discard(output)
         self._pending.clear()
-        self._unfinished.clear()
-        self._arrived.set()
 
     def _discard(self, output: Output | None) -> None:
         self.num_discarded += len(output.tokens) if output else 0

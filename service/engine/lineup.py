@@ -16,10 +16,11 @@ from service.engine.paging import Paging
 from service.engine.sequence import Sequence, Status
 from service.engine.speculation import Speculator
 from service.engine.step import Step, make_row
+from service.engine.step_bounds import PROMPT_SHARE, StepBounds
+from service.engine.trial import Trials
 from service.engine.waiting import WaitingQueue
 from service.engine.yielding import Room, Yielding, by_share_of_pages
 
-PROMPT_SHARE = 32  # tokens of every step's budget that running decodes cannot take
 PIECES = 8  # of a step's budget: prompts of different accounts share it so
 _order = attrgetter("order")
 
@@ -51,9 +52,8 @@ class Lineup:
         """``fair`` is ``waiting`` itself, where accounts share."""
         self.running: list[Sequence] = []
         self.waiting = waiting
-        share = min(PROMPT_SHARE, max_num_batched_tokens // 2)
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - share)
-        self.budget = max_num_batched_tokens
+        self._bounds = StepBounds(max_num_seqs, max_num_batched_tokens)
+        self.trials = Trials()
         self._piece = max(PROMPT_SHARE, max_num_batched_tokens // PIECES)
         self._paging = paging
         self._counters = counters
@@ -66,6 +66,14 @@ class Lineup:
         if fair is not None:
             pages_for, pages_freed = paging.pages_wanted, paging.pages_held_alone
             self._yielding = Yielding(fair.shares, fair, pages_for, pages_freed)
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._bounds.max_num_seqs
+
+    @property
+    def budget(self) -> int:
+        return self._bounds.budget
 
     @property
     def free_slots(self) -> int:
@@ -85,8 +93,12 @@ class Lineup:
         What is left of it may go to guesses, which start from tokens that are known: not ahead of
         the step that draws them.
         """
+        self._bounds.widen()
         fair = self._fair
-        if fair is None or not fair.shares.is_contended:
+        if (suspect := self.trials.current()) is not None:
+            self._fill_trial(suspect, step)
+            self._finish(step, is_ahead=True)
+        elif fair is None or not fair.shares.is_contended:
             self._fill_decodes(step, self.running)
             num_decodes = step.num_tokens
             self._fill_prompts(step)
@@ -211,6 +223,46 @@ class Lineup:
             self._preempt(sequence)
             self._counters.yields += 1
 
+    # ---- after a step that raised --------------------------------------------------------------
+
+    def put_back(self, sequence: Sequence) -> None:
+        """It is to be computed anew: what the step did to its pages is not known."""
+        del self.running[self._position(sequence)]
+        self._preempt(sequence)
+
+    def narrow(self, num_rows: int, num_tokens: int) -> bool:
+        """Memory did not do for a step of so many; False where it can be made no smaller.
+
+        The youngest go back to the queue.
+        """
+        can_narrow = self._bounds.narrow(num_rows, num_tokens)
+        while len(self.running) > self.max_num_seqs:
+            self._preempt(self.running.pop())
+        return can_narrow
+
+    def _fill_trial(self, sequence: Sequence, step: Step) -> None:
+        """This one alone; the others keep what they have, unless it needs their pages."""
+        if sequence.status is Status.WAITING:
+            while not self._paging.claim(sequence, 0, step.copies, step.loads):
+                self._preempt(self._last_but(sequence))
+            self._take_in(sequence)
+        while sequence.num_due == 1 and not self._paging.is_writable(sequence):
+            if self._paging.pool.num_free:
+                self._paging.make_writable(sequence, step.copies)
+            else:
+                self._preempt(self._last_but(sequence))
+        self._advance(sequence, min(sequence.num_due, self.budget), step)
+
+    def _last_but(self, sequence: Sequence) -> Sequence:
+        """Out of those that run, the last one but this."""
+        return self.running.pop(-1 if self.running[-1] is not sequence else -2)
+
+    def _take_in(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_order)
+        sequence.num_redone = max(0, sequence.num_reached - sequence.num_computed)
+
     # ---- prompts -------------------------------------------------------------------------------
 
     def _fill_prompts(self, step: Step) -> None:
@@ -261,11 +313,8 @@ class Lineup:
         known = len(step.loads)
         if not self._paging.claim(sequence, headroom, step.copies, step.loads):
             return False
-        self.waiting.remove(sequence)
-        sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=_order)
+        self._take_in(sequence)
         self._turns.joined(sequence)
-        sequence.num_redone = max(0, sequence.num_reached - sequence.num_computed)
         if sequence.request.first_scheduled is None:
             self._note_first_step(sequence, sum(tokens for _, _, tokens in step.loads[known:]))
         return True

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from model.grammar import Grammar
 from service.engine.adapter_desk import AdapterDesk
 from service.engine.connections import Connections, Event, Lost
+from service.engine.flight_recorder import FlightRecorder
 from service.engine.grammar_desk import GrammarDesk
 from service.engine.messages import (
     Accepted,
@@ -26,6 +28,7 @@ from service.engine.messages import (
     State,
     Submit,
 )
+from service.engine.options import BEYOND_USE, OUT_OF_MEMORY
 from service.engine.pulse import Pulse
 from service.engine.rates import StepRates
 from service.engine.scheduler import Deliveries, Scheduler
@@ -38,9 +41,12 @@ logger = logging.getLogger("pronk.engine")
 IDLE_WAIT = 1.0  # seconds: the heartbeat's
 READING_WAIT = 0.02  # while an adapter is read in another thread
 COMPILING_WAIT = 0.002  # while a grammar is compiled in another one
-ASKED_TO_STOP, BEYOND_USE = 0, 4  # exit codes
+ASKED_TO_STOP = 0  # exit code
 MAX_FAILURES = 3  # steps in a row that raise; then a fresh process is the better hope
+MAX_SHRINKINGS = 32  # the same of steps for which memory did not do
 STEP_FAILED = "the engine failed on this request: send it again"
+NO_MEMORY = "memory does not do for this request, not even alone: send a shorter one, or try later"
+UNSEEN_STEP = 6.0  # seconds it may take, and a tenth of what is borne: kernels may be compiled
 
 
 Launched = TypeVar("Launched")
@@ -52,6 +58,9 @@ class Runner(Protocol[Launched]):
     def launch(self, step: Step, before: Launched | None) -> Launched: ...
     def collect(self, launched: Launched) -> StepResult: ...
     def is_fatal(self, error: Exception) -> bool: ...
+    def lacks_memory(self, error: Exception) -> bool: ...
+    def abandon(self, step: Step) -> None: ...
+    def free_memory(self) -> None: ...
 
 
 @dataclass(slots=True, repr=False)
@@ -78,6 +87,7 @@ class EngineLoop(Generic[Launched]):
         grammars: GrammarDesk | None = None,
         *,
         runs_ahead: bool = False,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         self._connections = connections
         self._pulse = pulse
@@ -95,7 +105,9 @@ class EngineLoop(Generic[Launched]):
         self._model_seconds = 0.0
         self._gap_seconds = 0.0
         self._busy_since: float | None = None  # the last step was back, and there is more to do
+        self._recorder = recorder
         self._num_failures = 0  # in a row
+        self._num_shrinkings = 0  # in a row
         self._num_failed_steps = 0
         self._is_draining = False
         self._exit_code: int | None = None
@@ -123,6 +135,7 @@ class EngineLoop(Generic[Launched]):
         for front_end, message in [*early, *self._connections.poll(0.0 if is_busy else self._wait)]:
             match message:
                 case Submit():
+                    self._note_at_hand(self._flight, newcomer=message)
                     self._submit(front_end, message)
                 case Cancel():
                     self._scheduler.cancel(message.id, message.choice, front_end)
@@ -232,24 +245,51 @@ class EngineLoop(Generic[Launched]):
         if self._busy_since is None and self._scheduler.has_work:
             self._busy_since = time.monotonic()
         step, before = self._scheduler.schedule(), self._flight
+        self._note_at_hand(before, step)
         self._flight = None if step is None else self._launch(step, before)
-        if before is not None:
-            self._land(before)
+        if before is not None and not self._land(before):
+            return
         if self._flight is not None and (not self._runs_ahead or self._flight.error is not None):
-            self._land(self._flight)
-            self._flight = None
+            flight, self._flight = self._flight, None
+            if not self._land(flight):
+                return
+        self._note_at_hand(self._flight)
+
+    def _note_at_hand(
+        self,
+        flight: Flight[Launched] | None,
+        step: Step | None = None,
+        newcomer: Submit | None = None,
+    ) -> None:
+        """Should this process end now, these are whom it was busy with."""
+        if self._recorder is None:
+            return
+        steps = [flight.step] if flight is not None else []
+        rows = [row for one in (*steps, *([step] if step else [])) for row in one.rows]
+        numbers = {row.sequence.id for row in rows}
+        if newcomer is not None:
+            numbers.add(newcomer.id)
+        self._recorder.write(numbers)
 
     def _launch(self, step: Step, before: Flight[Launched] | None) -> Flight[Launched]:
         if before is None:
-            self._pulse.step_begins(self._rates.estimate(step.num_tokens))
+            self._pulse.step_begins(self._allowance(step))
         try:
             launched = self._runner.launch(step, before.launched if before is not None else None)
         except Exception as error:
             return Flight(step, error=error)
         return Flight(step, launched)
 
-    def _land(self, flight: Flight[Launched]) -> None:
-        """Wait for a step; its end is when the next one under way has the device to itself."""
+    def _allowance(self, step: Step) -> float:
+        """Seconds it should take; a size that was never seen may have kernels compiled first."""
+        estimate = self._rates.estimate(step.num_tokens)
+        return estimate if self._rates.has_seen(step.num_tokens) else max(estimate, UNSEEN_STEP)
+
+    def _land(self, flight: Flight[Launched]) -> bool:
+        """Wait for a step; its end is when the next one under way has the device to itself.
+
+        False where it raised: then nothing is under way any more.
+        """
         step = flight.step
         try:
             if flight.launched is None:
@@ -258,16 +298,17 @@ class EngineLoop(Generic[Launched]):
             self._early += self._connections.poll(0)  # while the device computes
             result = self._runner.collect(flight.launched)
         except Exception as error:
-            result = self._failed(step, error)
-        else:
-            self._num_failures = 0
+            self._failed(flight, error)
+            return False
+        self._num_failures = self._num_shrinkings = 0
         seconds = self._pulse.step_ends()
-        if self._flight is not None and self._flight is not flight:
-            self._pulse.step_begins(self._rates.estimate(self._flight.step.num_tokens))
+        if self._flight is not None:
+            self._pulse.step_begins(self._allowance(self._flight.step))
         self._rates.observe(step.num_tokens, seconds)
         self.num_steps += 1
         self._count_gap(result.model_seconds)
         self._send(self._scheduler.update(step, result), step, seconds)
+        return True
 
     def _count_gap(self, model_seconds: float) -> None:
         """From one step's end to the next one's; what of it was not the network's is the gap."""
@@ -279,15 +320,48 @@ class EngineLoop(Generic[Launched]):
         # A step may have been in the network before the last one was back: counters only rise.
         self._gap_seconds = max(self._gap_seconds, self._step_seconds - self._model_seconds)
 
-    def _failed(self, step: Step, error: Exception) -> StepResult:
-        """The step's own requests fail, the engine goes on; unless it cannot."""
+    def _failed(self, flight: Flight[Launched], error: Exception) -> None:
+        """Its sequences are tried alone, or in smaller steps; unless the engine cannot go on.
+
+        Then nobody is told: the process that started this one answers for it, and tries again.
+        """
+        step, ahead = flight.step, self._flight
         logger.error("step %d failed: %s", step.number, type(error).__name__, exc_info=error)
-        self._num_failures += 1
+        lacks_memory = self._runner.lacks_memory(error)
         self._num_failed_steps += 1
+        self._num_shrinkings += lacks_memory
+        self._num_failures += not lacks_memory
         if self._runner.is_fatal(error) or self._num_failures >= MAX_FAILURES:
             logger.error("the device is beyond use: leaving, to be started again")
             self._exit_code = BEYOND_USE
-        return StepResult.failed(step, STEP_FAILED)
+            return
+        if self._num_shrinkings >= MAX_SHRINKINGS:
+            logger.error("memory does not do for any step: leaving, to be started again")
+            self._exit_code = OUT_OF_MEMORY
+            return
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        flight.error = flight.launched = None
+        if ahead is not None:
+            self._let_pass(ahead)
+        self._flight = None
+        self._pulse.step_ends()
+        self._runner.abandon(step)
+        if lacks_memory:
+            self._runner.free_memory()
+        self.num_steps += 1
+        self._count_gap(0.0)
+        told = NO_MEMORY if lacks_memory else STEP_FAILED
+        self._send(self._scheduler.abandon(told, lacks_memory=lacks_memory), step)
+
+    def _let_pass(self, ahead: Flight[Launched]) -> None:
+        """It was fed by a step that raised: nothing of it counts, but it still writes to pages."""
+        if ahead.launched is not None:
+            try:
+                self._runner.collect(ahead.launched)
+            except Exception as error:
+                logger.info("so did the step after it: %s", type(error).__name__)
+        self._runner.abandon(ahead.step)
+        ahead.error = ahead.launched = None
 
     # ---- answers
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+# Exit codes of an engine that cannot go on: a fresh one is the better hope.
+BEYOND_USE, OUT_OF_MEMORY = 4, 5
 SOCKET_FOLDER_PREFIX = "pronk-engine-"  # a folder of this name is removed with its socket
 
 
@@ -47,3 +49,4 @@ class EngineOptions(Struct, frozen=True):
     log_format: str = "text"
     log_content: bool = False  # exceptions' own words may be logged
     parent: int | None = None  # process id to die with
+    recorder: int | None = None  # file descriptor inherited, see flight_recorder

@@ -45,6 +45,7 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(dict(os.environ)),
             start_new_session=True,
+            pass_fds=() if options.recorder is None else (options.recorder,),
         )
         engine = cls(process)
         assert process.stdin is not None

@@ -16,6 +16,9 @@ class StepRates:
         known = self._seconds.get(size, seconds)
         self._seconds[size] = known + WEIGHT * (seconds - known)
 
+    def has_seen(self, num_tokens: int) -> bool:
+        return num_tokens.bit_length() in self._seconds
+
     def estimate(self, num_tokens: int) -> float:
         """Seconds for a step of ``num_tokens``; 0 before anything was observed."""
         size = num_tokens.bit_length()

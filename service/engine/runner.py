@@ -6,6 +6,7 @@ while the device works), ``collect`` waits for what was drawn.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,10 +154,34 @@ class ModelRunner:
         """A device error leaves the device's state unknown; memory that ran out does not."""
         return isinstance(error, torch.AcceleratorError)
 
+    def lacks_memory(self, error: Exception) -> bool:
+        """The device's or the host's: a smaller step may do."""
+        return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+    def abandon(self, step: Step) -> None:
+        """It raised: what was kept for its sequences may be ahead of them, and is made anew."""
+        self._constrained.forget(step)
+        for row in step.rows:
+            self._pools.pop(row.sequence.request.number, None)
+
+    def free_memory(self) -> None:
+        """What nobody uses and the allocators keep."""
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def launch(self, step: Step, before: Launched | None = None) -> Launched:
         """Queue the step on the device; ``before`` is the one whose draws feed it."""
         masks = self._constrained.start(step)
+        try:
+            return self._launch(step, before, masks)
+        except BaseException:
+            if masks is not None and masks.filling is not None:
+                masks.filling.wait()  # threads write to what the next step uses
+            raise
+
+    def _launch(self, step: Step, before: Launched | None, masks: StepMasks | None) -> Launched:
         self._move_pages(step)
         for slot, version in step.fills:
             self.model.fill_adapter_slot(slot, self._adapters[version])

@@ -8,6 +8,7 @@
     scheduler.expire() -> Deliveries         partial answers of what is out of time
     scheduler.schedule() -> Step | None      None: nobody is here, or all must wait
     scheduler.update(step, result) -> Deliveries
+    scheduler.abandon(error, ...) -> Deliveries      instead: what is under way came to nothing
     scheduler.has_work, .gauges(), .counters
 
 One step may be scheduled ahead of the update of the one before it (``service.engine.ahead``).
@@ -271,7 +272,8 @@ class Scheduler:
 
     def _can_run_ahead(self, before: Step) -> bool:
         return (
-            all(map(may_run_ahead, before.rows))
+            self._lineup.trials.current() is None
+            and all(map(may_run_ahead, before.rows))
             # Should it fail, what it was to bring into host memory or a slot is not there.
             and not (before.stores or before.fills)
             and not self._speculator.may_guess_after(before)
@@ -290,14 +292,57 @@ class Scheduler:
         self._last_update = now
         out: Deliveries = {}
         if not result.has_run:
-            self.pool.host.forget_slots(slot for _, slot, _ in step.stores)
-            self.adapters.forget_fills(step.fills)
+            self._forget_moves(step)
         for row, came in zip(step.rows, result.rows, strict=True):
             row.arrive()
             self._update_row(row, came, now, out)
         self.rate.observe(now, self._num_ended, step.num_tokens)
         self._num_ended = 0
         return out
+
+    def abandon(self, error: str, *, lacks_memory: bool = False) -> Deliveries:
+        """The steps under way raised, and what they did to pages is not known.
+
+        Their sequences start over. Where memory ran out steps become smaller, else each sequence is
+        tried alone. One that failed alone already ends with ``error``.
+        """
+        assert self._under_way, "no step is under way"
+        now, out = self._clock(), Deliveries()
+        steps = list(self._under_way)
+        self._under_way.clear()
+        for step in steps:
+            self._forget_moves(step)
+            for row in step.rows:
+                row.arrive()
+        sequences = list(dict.fromkeys(row.sequence for step in steps for row in step.rows))
+        living = [one for one in sequences if one.status is not Status.FINISHED]
+        for sequence in sequences:
+            if sequence.status is Status.FINISHED:
+                self._lineup.release_unused(sequence)
+        for sequence in living:
+            # What went wrong may lie in its pages: the next to ask must not find it there.
+            self.pool.distrust(sequence.block_table, sequence.chain.digests)
+        can_retry = len(living) > 1
+        if lacks_memory and living:
+            can_retry = self._lineup.narrow(len(living), max(step.num_tokens for step in steps))
+        for sequence in living:
+            if not can_retry:
+                self._fail(sequence, error, now, out)
+            elif sequence.status is Status.RUNNING:
+                self._lineup.put_back(sequence)
+            sequence.request.forget_pooled()
+        if can_retry and not lacks_memory:
+            self._lineup.trials.add(living)
+        self._last_update = now
+        return out
+
+    def _forget_moves(self, step: Step) -> None:
+        self.pool.host.forget_slots(slot for _, slot, _ in step.stores)
+        self.adapters.forget_fills(step.fills)
+
+    def _fail(self, sequence: Sequence, error: str, now: float, out: Deliveries) -> None:
+        for choice in sequence.choices:
+            self._finish(sequence, choice.index, Ending("error", None, error), now, out)
 
     def _update_row(self, row: Row, came: RowResult, now: float, out: Deliveries) -> None:
         sequence = row.sequence

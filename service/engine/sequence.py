@@ -138,6 +138,10 @@ class Request:
         self.num_pooled += num_tokens
         self.pooled = pooled
 
+    def forget_pooled(self) -> None:
+        """The runner no longer has the sums: they are made anew, from the first token on."""
+        self.num_pooled, self.pooled = 0, None
+
     def output(
         self,
         choice: int,

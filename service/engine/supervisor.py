@@ -10,15 +10,17 @@ import contextlib
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 from msgspec.structs import replace
 
+from service.engine.flight_recorder import FlightRecorder
 from service.engine.link import Link, connect
 from service.engine.messages import Control, FromEngine, State, ToEngine
-from service.engine.options import EngineOptions
+from service.engine.options import BEYOND_USE, OUT_OF_MEMORY, EngineOptions
 from service.engine.process import WORKER, EngineProcess, make_socket_path, remove_socket
 from service.engine.watchdog import Watchdog
 
@@ -36,8 +38,20 @@ class Patience:
     max_restarts: int = 5  # within restart_window; past it the engine stays "failed"
     restart_window: float = 600.0
     stalled_after: float = 10.0  # without progress; a step may take ten times its estimate
-    kill_after: float = 120.0  # stalled for so long: dump its stacks, kill, restart
+    grace: float = 2.0  # after its stacks are dumped, before a stalled one is killed
     watch_interval: float = 0.5
+    connect: float = 120.0  # for the process to listen
+    retry: float = 300.0  # a request of which nothing was seen waits for the next engine
+
+
+# Why an engine ended, as it is counted.
+KILLED = "killed"  # by a signal: an operator's, the kernel's for want of memory, a crash
+STALLED = "stalled"
+MEMORY = "out_of_memory"
+DEVICE = "device"  # beyond use, or three steps in a row that raised
+ENDED = "ended"  # in any other way
+RESTART_REASONS = (KILLED, STALLED, MEMORY, DEVICE, ENDED)
+BY_EXIT_CODE = {OUT_OF_MEMORY: MEMORY, BEYOND_USE: DEVICE}
 
 
 class Owner(Protocol):
@@ -45,7 +59,7 @@ class Owner(Protocol):
 
     def received(self, message: FromEngine) -> None: ...
     def announced(self, state: State) -> None: ...
-    def lost(self, reason: str) -> None: ...
+    def lost(self, reason: str, at_hand: Collection[int] = ()) -> None: ...
 
 
 class Supervisor:
@@ -54,7 +68,7 @@ class Supervisor:
     def __init__(
         self, options: EngineOptions, patience: Patience, owner: Owner, worker: str = WORKER
     ) -> None:
-        self.num_restarts = 0
+        self.restarts: Counter[str] = Counter(dict.fromkeys(RESTART_REASONS, 0))
         self.watchdog = Watchdog(patience.stalled_after)
         self._options = options
         self._patience = patience
@@ -66,6 +80,12 @@ class Supervisor:
         self._is_stopping = False
         self._has_served = False
         self._failure: str | None = None  # the reason the engine itself gave for not loading
+        self._kind = ENDED  # of the end of the last one
+        self._is_stuck = False
+
+    @property
+    def num_restarts(self) -> int:
+        return self.restarts.total()
 
     @property
     def is_connected(self) -> bool:
@@ -128,7 +148,7 @@ class Supervisor:
             if not self._may_restart(restarts):
                 self._owner.announced(State(stage="failed", reason=f"{reason}; gave up restarting"))
                 return
-            self.num_restarts += 1
+            self.restarts[self._kind] += 1
             self._owner.announced(State(stage="restarting", reason=reason))
             logger.error("%s: restarting it", reason)
             delay = self._patience.restart_delay * 2 ** (len(restarts) - 1)
@@ -145,19 +165,24 @@ class Supervisor:
     async def _run_engine(self) -> str:
         """One engine from its start to its end; returns why it ended."""
         path = self._options.socket or make_socket_path()
+        recorder = FlightRecorder.create()
         options = replace(
             self._options,
             socket=path,
             parent=os.getpid(),
             skip_bad_adapters=self._has_served,
+            recorder=recorder.descriptor,
         )
         reason, self._failure = "the engine stopped", None
+        self._kind, self._is_stuck = ENDED, False
         try:
             self.watchdog.reset()
             self._process = await EngineProcess.spawn(options, self._worker)
             await self._attend(self._process, path)
+            if self._failure is None and not self._is_stopping:  # unready at once
+                self._owner.announced(State(stage="restarting", reason="the engine has ended"))
             code = await self._process.end(self._patience.stop)
-            reason = self._failure or f"the engine ended unexpectedly ({describe_exit(code)})"
+            reason = self._failure or self._explain(code)
         except OSError as error:
             reason = f"the engine process could not be started: {error.strerror}"
         finally:
@@ -165,8 +190,18 @@ class Supervisor:
                 await self._process.kill()
             self._process = None
             remove_socket(path)
-            self._owner.lost(reason)
+            at_hand = recorder.read()
+            recorder.close()
+            self._owner.lost(reason, at_hand)
         return reason
+
+    def _explain(self, code: int) -> str:
+        """In a line; what kind of end it was is kept."""
+        if self._is_stuck:
+            self._kind = STALLED
+            return f"the engine was stuck ({self.watchdog.describe()})"
+        self._kind = KILLED if code < 0 else BY_EXIT_CODE.get(code, ENDED)
+        return f"the engine ended unexpectedly ({describe_exit(code)})"
 
     async def _attend(self, process: EngineProcess, path: str) -> None:
         """Connect and stay until the connection ends, which it does with the process."""
@@ -183,8 +218,9 @@ class Supervisor:
             watch.cancel()
 
     async def _connect(self, process: EngineProcess, path: str) -> Link | None:
-        """Knock until somebody opens; None when the process ends first."""
-        while process.is_running:
+        """Knock until somebody opens; None when the process ends first, or takes too long."""
+        give_up = time.monotonic() + self._patience.connect
+        while process.is_running and time.monotonic() < give_up:
             if link := await connect(path, self._receive):
                 return link
             await asyncio.sleep(self._patience.connect_interval)
@@ -203,24 +239,26 @@ class Supervisor:
     # ---- the one that is stuck
 
     async def _watch(self, process: EngineProcess) -> None:
-        """Unready while it makes no progress, ended when that lasts: it cannot be asked to stop."""
-        stalled_since: float | None = None
+        """Unready once it makes no progress, and ended soon after: it cannot be asked to stop."""
         while True:
             await asyncio.sleep(self._patience.watch_interval)
-            has_slept = self.watchdog.look()
-            if has_slept or not self.watchdog.is_stalled():
-                stalled_since = None
-                continue
-            now = time.monotonic()
-            if stalled_since is None:
-                stalled_since = now
+            if not self.watchdog.look() and self.watchdog.is_stalled():
                 logger.warning("the engine is stuck: %s", self.watchdog.describe())
                 self._owner.announced(self._stalled(self.watchdog.state))
-            elif now - stalled_since > self._patience.kill_after:
                 process.dump_stacks()
-                await asyncio.sleep(self._patience.watch_interval)
-                process.kill_now()
-                return
+                if await self._stays_stuck():
+                    self._is_stuck = True
+                    process.kill_now()
+                    return
+
+    async def _stays_stuck(self) -> bool:
+        """Through the grace, in which its stacks are written; a step that ends now saves it."""
+        give_up = time.monotonic() + self._patience.grace
+        while time.monotonic() < give_up:
+            await asyncio.sleep(min(self._patience.watch_interval, self._patience.grace))
+            if self.watchdog.look() or not self.watchdog.is_stalled():
+                return False
+        return True
 
     def _stalled(self, state: State) -> State:
         return replace(state, stage="stalled", reason=self.watchdog.describe())

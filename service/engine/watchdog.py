@@ -8,6 +8,7 @@ from collections.abc import Callable
 from service.engine.messages import FromEngine, Outputs, State
 
 STEP_PATIENCE = 10.0  # times a step's own estimate; a long prefill on a CPU is legitimate
+LOADING_PATIENCE = 12.0  # times the patience: imports and compilers may hold the interpreter lock
 LONG_PAUSE = 2.0  # seconds between two looks
 WORKING = ("ready", "draining")
 
@@ -55,14 +56,14 @@ class Watchdog:
         return True
 
     def is_stalled(self) -> bool:
-        if self.state.stage not in WORKING:
-            return self.state.stage == "warming_up" and self.silence() > self._patience
-        if self.silence() > self._patience:
+        if self.silence() > self._allowed_silence():
             return True
+        if self.state.stage not in WORKING:
+            return False
         return self._clock() - self._last_progress > self._allowance()
 
     def describe(self) -> str:
-        if self.silence() > self._patience:
+        if self.silence() > self._allowed_silence():
             return f"no sign of life for {self.silence():.0f} s"
         return f"no step completed for {self._clock() - self._last_progress:.0f} s"
 
@@ -73,3 +74,7 @@ class Watchdog:
 
     def _allowance(self) -> float:
         return max(self._patience, STEP_PATIENCE * self.state.step_estimate)
+
+    def _allowed_silence(self) -> float:
+        is_working = self.state.stage in WORKING
+        return self._patience if is_working else LOADING_PATIENCE * self._patience

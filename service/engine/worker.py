@@ -2,7 +2,7 @@
 
 It listens before it loads, tells every front end how far it is, serves until it is told to stop or
 its parent is gone, and leaves no socket behind. Exit codes: 0 asked to stop, 3 the model could not
-be loaded, 4 the device is beyond use, 70 the parent died.
+be loaded, 4 the device is beyond use, 5 no memory is left, 70 the parent died.
 
 ``State.counters`` (all only ever rise) are ``service.engine.counters.Counters`` and
     failed_steps    steps that raised
@@ -36,12 +36,13 @@ from service.engine.compile_cache import use_compile_cache
 from service.engine.connections import Connections
 from service.engine.cores import hold
 from service.engine.costs import StepCosts
+from service.engine.flight_recorder import FlightRecorder
 from service.engine.grammar_desk import GrammarDesk
 from service.engine.host_slots import HostSlots
 from service.engine.lifeline import die_with_parent
 from service.engine.loop import EngineLoop
 from service.engine.messages import State
-from service.engine.options import EngineOptions
+from service.engine.options import OUT_OF_MEMORY, EngineOptions
 from service.engine.pulse import Pulse
 from service.engine.rates import StepRates
 from service.engine.scheduler import Scheduler
@@ -65,6 +66,7 @@ class LoadFailure(Exception):
 def main() -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in native code leaves stacks, which hold no values
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the client asks a stuck engine
     forbid_core_dumps()
     options = read_options()
@@ -119,9 +121,13 @@ def serve(options: EngineOptions, connections: Connections, pulse: Pulse) -> int
         desk,
         grammars,
         runs_ahead=loaded.runs_ahead,
+        recorder=None if options.recorder is None else FlightRecorder(options.recorder),
     )
     try:
         return loop.run()
+    except MemoryError:
+        logger.error("no memory is left: leaving, to be started again")
+        return OUT_OF_MEMORY
     finally:
         desk.close()
         grammars.close()

@@ -93,7 +93,9 @@ class FakeEngine:
     observers: list[Callable[[Outputs | State], None]] = field(default_factory=list)
     submitted: list[dict[str, object]] = field(default_factory=list)
     stopped: list[tuple[int, int]] = field(default_factory=list)
-    num_restarts: int = 0
+    restarts: dict[str, int] = field(default_factory=dict)  # by reason
+    num_retried: int = 0
+    num_poisonous: int = 0
     num_discarded: int = 0
     loaded: dict[str, str] = field(default_factory=dict)  # adapters: name to folder
     num_loads: int = 0

@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM
 from service.api.app import create_app
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
+from service.engine.process import WORKER
+from service.engine.supervisor import Patience
 from service.ledger.ledger import Ledger
 from service.registry import ModelRegistry, ServedAdapter, ServedModel
 from service.settings import Settings
@@ -74,9 +76,12 @@ async def tiny_server(
     network: LlamaForCausalLM,
     settings: dict[str, Any] | None = None,
     ledger: Ledger | None = None,
+    patience: Patience | None = None,
+    worker: str = WORKER,
     **limits: Any,
 ) -> AsyncIterator[Tiny]:
-    engine = EngineClient(EngineOptions(model=str(path), socket="", **{**LIMITS, **limits}))
+    options = EngineOptions(model=str(path), socket="", **{**LIMITS, **limits})
+    engine = EngineClient(options, patience=patience, worker=worker)
     await engine.start()
     try:
         await engine.wait_ready()

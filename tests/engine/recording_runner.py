@@ -103,6 +103,10 @@ class RecordingRunner:
         self._drawn = [self._on_device(result) for result in results]
         return StepResult(results)
 
+    def abandon(self, step: Step) -> None:
+        for row in step.rows:
+            self._pools.pop(row.sequence.request.number, None)
+
     def _on_device(self, result: RowResult) -> int | None:
         token = result.draws[0].token if result.draws else None
         return token if token is None or not result.is_late else (token + 1) % VOCABULARY

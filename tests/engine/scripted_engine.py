@@ -1,17 +1,25 @@
 """An engine process without a model: the first token of a prompt says how it behaves.
 
+SLOW says nothing for as many ticks as its second token, WAIT the same without being computed (as if
+in the queue); POISON ends the process once it has given that many tokens, and HOG takes memory
+until there is none.
+
 Speaks the real seam (connections, pulse, life line); tests of the client start it as their worker.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from service.engine.connections import Connections, Lost
+from service.engine.flight_recorder import FlightRecorder
 from service.engine.lifeline import die_with_parent
 from service.engine.messages import (
     Accepted,
@@ -25,12 +33,12 @@ from service.engine.messages import (
     State,
     Submit,
 )
-from service.engine.options import EngineOptions
+from service.engine.options import OUT_OF_MEMORY, EngineOptions
 from service.engine.pulse import Pulse
 from service.engine.worker import read_options
 
-COUNT, REFUSE, DIE, IGNORE, STALL, FREEZE, BURST = range(1, 8)
-FAILS_TO_LOAD, DIES_AT_START = "fails-to-load", "dies-at-start"
+COUNT, REFUSE, DIE, IGNORE, STALL, FREEZE, BURST, SLOW, WAIT, POISON, HOG = range(1, 12)
+FAILS_TO_LOAD, DIES_AT_START, NEVER_LISTENS = "fails-to-load", "dies-at-start", "never-listens"
 
 
 def outputs(*items: Output) -> Outputs:
@@ -43,7 +51,10 @@ class Script:
     def __init__(self, options: EngineOptions) -> None:
         self.connections = Connections(options.socket)
         die_with_parent(options.parent, self.connections.unlink)
+        assert options.recorder is not None
+        self.recorder = FlightRecorder(options.recorder)
         self.pulse = Pulse(self.connections)
+        self.ticks: dict[tuple[int, int], int] = {}  # that a request has to wait
         self.running: dict[tuple[int, int], dict[int, int]] = {}
         self.submits: dict[tuple[int, int], Submit] = {}
         self.num_steps = 0
@@ -89,6 +100,7 @@ class Script:
 
     def submit(self, front_end: int, submit: Submit) -> None:
         key, verb = (front_end, submit.id), submit.prompt[0]
+        self.recorder.write([submit.id])
         if verb == REFUSE:
             refused = Refused(submit.id, "Overloaded", "the queue is full", "queue_full", None, 7.0)
             self.connections.send(front_end, refused)
@@ -103,17 +115,35 @@ class Script:
         self.is_stalled = verb == STALL
         self.submits[key] = submit
         self.running[key] = dict.fromkeys(range(len(submit.settings)), 0)
+        self.ticks[key] = submit.prompt[1] if verb in (SLOW, WAIT) else 0
         if verb == BURST:
             while key in self.running:
                 self.step()
 
     def step(self) -> None:
+        at_hand = [key for key in self.running if self.submits[key].prompt[0] != WAIT]
+        self.recorder.write([number for _, number in at_hand])
         for key, choices in list(self.running.items()):
+            self.ticks[key] -= 1
+            if self.ticks[key] >= 0:
+                continue
+            self.misbehave(self.submits[key].prompt, choices)
             items = [self.output(key, choice) for choice in list(choices)]
             self.connections.send(key[0], outputs(*items))
             if not choices:
                 del self.running[key]
         self.num_steps += bool(self.running)
+
+    def misbehave(self, prompt: list[int], choices: dict[int, int]) -> None:
+        if prompt[0] == POISON and max(choices.values()) == prompt[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt[0] == HOG:
+            pages = Path("/proc/self/statm").read_text().split()[0]
+            used = int(pages) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            taken = []
+            while True:
+                taken.append(bytearray(1 << 20))
 
     def output(self, key: tuple[int, int], choice: int) -> Output:
         settings = self.submits[key].settings[choice]
@@ -126,15 +156,21 @@ class Script:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)
     options = read_options()
     if options.model == DIES_AT_START:
         return 5
+    if options.model == NEVER_LISTENS:
+        time.sleep(60)
     script = Script(options)
     if options.model == FAILS_TO_LOAD:
         script.pulse.publish(State("failed", reason="no such model"), urgent=True)
         time.sleep(0.3)
         return 3
-    return script.loop()
+    try:
+        return script.loop()
+    except MemoryError:
+        return OUT_OF_MEMORY
 
 
 if __name__ == "__main__":

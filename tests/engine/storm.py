@@ -127,6 +127,7 @@ class Storm:
         self.num_copies = self.num_stores = self.num_loads = 0
         self._is_broken = False  # a step could not be launched: all land before the next is made
         self._waits = False  # for the step under way, or nobody is here
+        self.num_abandoned = 0
         self.num_ahead = 0  # steps launched while another was under way
 
     # ---- what clients do
@@ -182,6 +183,21 @@ class Storm:
             self._deliver(self.scheduler.update(step, result))
             self._is_broken = self._is_broken and bool(self.flights)
 
+    def abandon(self, *, lacks_memory: bool = False, has_run: bool = True) -> None:
+        """What is under way raises: after it was done, or before."""
+        if not self.flights and self.scheduler.has_work:
+            self.raises = not has_run
+            self.launch()
+        if not self.flights:
+            return
+        for step, _ in self.flights:
+            self.runner.abandon(step)
+        self.flights.clear()
+        self._is_broken = False
+        self.now += 0.01
+        self._deliver(self.scheduler.abandon("it raised", lacks_memory=lacks_memory))
+        self.num_abandoned += 1
+
     def launch_in_vain(self) -> None:
         """The next step's launch raises: nothing of it was done."""
         self.collect()
@@ -227,14 +243,16 @@ class Storm:
         assert num_ahead <= self.speculation.most_in_step
         assert len(rows) == len(counts) <= self.max_num_seqs
         assert sorted(counts, key=lambda count: count > 1) == counts, "single tokens come first"
+        is_trial = line.trials.current() is not None
+        assert not is_trial or len(rows) == 1
         first = line.running[0]
-        if len({sequence.account for sequence in line.running}) == 1:
+        if not is_trial and len({sequence.account for sequence in line.running}) == 1:
             assert first in rows or not due.get(first, 1), "the first in line stands still"
-        for sequence in running:
+        for sequence in [] if is_trial else running:
             is_left_out = sequence in line.running and sequence not in rows
             assert not (is_left_out and due.get(sequence) == 1), "a decode is left out"
         chunks = [sequence for sequence in line.running if due.get(sequence, 2) > 1]
-        assert not chunks or rows.intersection(chunks), "prompts stand still"
+        assert is_trial or not chunks or rows.intersection(chunks), "prompts stand still"
         self.num_copies += len(step.copies)
         self.num_stores += len(step.stores)
         self.num_loads += len(step.loads)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,10 @@ from service.engine.messages import Outputs, SamplingSettings, State
 from service.engine.options import SOCKET_FOLDER_PREFIX, EngineOptions
 from service.engine.process import engine_environment
 from service.engine.supervisor import Patience
-from service.errors import EngineFailure, Overloaded, Unavailable
+from service.errors import EngineFailure, Overloaded, PoisonRequest, Unavailable
 from tests.engine import scripted_engine as script
 
-QUICK = Patience(
-    restart_delay=0.05, stop=2.0, stalled_after=0.5, kill_after=0.5, watch_interval=0.1
-)
+QUICK = Patience(restart_delay=0.05, stop=2.0, stalled_after=0.5, grace=0.2, watch_interval=0.1)
 NEVER = 10**9
 
 
@@ -68,6 +67,13 @@ async def until(condition: Callable[[], object], within: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < give_up, "did not come to pass"
         await asyncio.sleep(0.01)
+
+
+def states(client: EngineClient) -> list[State]:
+    """All that are announced from now on."""
+    heard: list[State] = []
+    client.observers.append(lambda m: heard.append(m) if isinstance(m, State) else None)
+    return heard
 
 
 def is_alive(pid: int | None) -> bool:
@@ -152,6 +158,16 @@ async def test_a_burst_for_a_slow_reader_is_merged() -> None:
         assert len(outputs) < 200
 
 
+def kill(client: EngineClient, number: int = signal.SIGKILL) -> None:
+    assert client.pid is not None
+    os.kill(client.pid, number)
+
+
+def script_has_answered(client: EngineClient, count: int) -> bool:
+    attempts = client._attempts.values()
+    return sum(attempt.generation.has_given for attempt in attempts) >= count
+
+
 async def test_everybody_hears_of_the_engines_death_and_the_next_request_works() -> None:
     async with serving() as client:
         stages: list[str] = []
@@ -162,9 +178,8 @@ async def test_everybody_hears_of_the_engines_death_and_the_next_request_works()
 
         readers = [asyncio.create_task(read_all(client, [script.COUNT])) for _ in range(5)]
         await until(lambda: client.state.running == 5)
-        with pytest.raises(EngineFailure):
-            async with client.submit([script.DIE], settings()):
-                pass
+        await until(lambda: script_has_answered(client, 5))
+        kill(client)
         answers = await asyncio.gather(*readers, return_exceptions=True)
         assert [type(answer) for answer in answers] == [EngineFailure] * 5
         with pytest.raises(Unavailable) as refusal:
@@ -233,13 +248,35 @@ async def test_draining_refuses_the_new_and_waits_for_the_old() -> None:
 @pytest.mark.parametrize("verb", [script.STALL, script.FREEZE])
 async def test_a_stuck_engine_turns_unready_then_is_replaced(verb: int) -> None:
     async with serving() as client:
-        first = client.pid
-        with pytest.raises(EngineFailure):
+        first, told = client.pid, states(client)
+        with pytest.raises(PoisonRequest):  # it is tried again, and does it again
             await read_all(client, [verb])
         assert not client.is_ready
         await client.wait_ready()
-        assert client.num_restarts == 1
+        assert client.restarts["stalled"] == client.num_restarts == 2
         assert not is_alive(first)
+        stalled = next(state for state in told if state.stage == "stalled")
+        assert "no " in stalled.reason
+
+
+async def test_an_engine_stopped_from_outside_is_replaced_too() -> None:
+    async with serving() as client:
+        first = client.pid
+        kill(client, signal.SIGSTOP)
+        await until(lambda: client.state.stage == "stalled")
+        await client.wait_ready()
+        assert client.restarts["stalled"] == 1
+        assert client.pid != first
+
+
+async def test_a_step_that_ends_within_the_grace_saves_the_engine() -> None:
+    async with serving(patience=replace(QUICK, grace=30.0)) as client:
+        first = client.pid
+        kill(client, signal.SIGSTOP)
+        await until(lambda: client.state.stage == "stalled")
+        kill(client, signal.SIGCONT)
+        await client.wait_ready()
+        assert (client.pid, client.num_restarts) == (first, 0)
 
 
 async def test_stopping_leaves_no_process_and_fails_who_still_waits() -> None:

@@ -65,7 +65,7 @@ async def test_stopping_the_last_choice_ends_the_iteration() -> None:
 async def test_a_failure_comes_after_what_had_arrived() -> None:
     own, _ = generation()
     own.push(Output(1, 0, [1]))
-    own.fail("gone")
+    own.fail(EngineFailure("gone"))
     assert (await anext(own)).tokens == [1]
     with pytest.raises(EngineFailure, match="gone"):
         await anext(own)

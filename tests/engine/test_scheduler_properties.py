@@ -136,6 +136,10 @@ class StormMachine(RuleBasedStateMachine):
     def launch_in_vain(self) -> None:
         self.storm.launch_in_vain()
 
+    @rule(lacks_memory=st.booleans(), has_run=st.booleans())
+    def abandon(self, lacks_memory: bool, has_run: bool) -> None:
+        self.storm.abandon(lacks_memory=lacks_memory, has_run=has_run)
+
     @rule(failing=st.sampled_from([None, None, None, 0, 1, 5]))
     def collect(self, failing: int | None) -> None:
         self.storm.collect(failing)
@@ -201,6 +205,8 @@ def test_a_long_storm_over_a_tiny_pool_leaves_every_block_free(seed: int, ahead:
             storm.collect(dice.randint(0, 5))
         if dice.random() < 0.05:
             storm.launch_in_vain()
+        if dice.random() < 0.1:
+            storm.abandon(lacks_memory=dice.random() < 0.5, has_run=dice.random() < 0.5)
         if dice.random() < 0.1:
             storm.let_time_pass(dice.choice([0.5, 3.0]))
         storm.check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from service.engine.messages import Outputs, State
 from service.engine.watchdog import Watchdog
 
@@ -34,6 +36,21 @@ def test_a_loading_engine_is_not_stalled() -> None:
     watchdog, clock = watched()
     clock.now = 100
     assert not watchdog.is_stalled()
+    hear_for(watchdog, clock, 1000, State("loading", progress=0.5))
+    hear_for(watchdog, clock, 1000, State("warming_up"))
+    assert not watchdog.is_stalled()
+
+
+@pytest.mark.parametrize("stage", ["loading", "warming_up"])
+def test_an_engine_that_loads_may_be_silent_for_long_but_not_for_ever(stage: str) -> None:
+    """Imports and compilers hold the interpreter lock; what never comes back is stuck."""
+    watchdog, clock = watched()
+    watchdog.heard(State(stage))
+    clock.now = 119
+    assert not watchdog.is_stalled()
+    clock.now = 121
+    assert watchdog.is_stalled()
+    assert watchdog.describe() == "no sign of life for 121 s"
 
 
 def test_a_silent_engine_is_stalled() -> None:
