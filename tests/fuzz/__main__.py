@@ -19,11 +19,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["model", "service"]):
+    from model.chat_template import ChatTemplate, ChatTemplateError
     from model.checkpoint import CheckpointError
     from model.checkpoint.gguf_config import generation_defaults, huggingface_config
     from model.checkpoint.gguf_header import read_header
     from model.checkpoint.meta_config import read_header as read_pickle
-    from model.chat_template import ChatTemplate, ChatTemplateError
     from model.config import InvalidConfig, ModelConfig, UnsupportedModel
     from model.tokenizer import sentencepiece_proto
     from model.tokenizer.gguf import from_metadata
