@@ -81,7 +81,7 @@ def message_of(body: bytes | Raw) -> str:
     """What an error's body says, in whichever of the common shapes; its first bytes otherwise."""
     try:
         found = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         found = bytes(body).decode(errors="replace")
     for key in ("error", "message", "detail"):
         if isinstance(found, dict) and key in found:

@@ -72,6 +72,8 @@ def test_an_error_event_is_known_in_either_shape(data: bytes, message: str) -> N
         (b"Bad Gateway", "Bad Gateway"),
         (b"", ""),
         (b"\xff", "�"),
+        (b'"\xff', '"�'),
+        (b"[" * 5000, "[" * 200),
     ],
 )
 def test_the_message_of_an_error_body(body: bytes, message: str) -> None:
