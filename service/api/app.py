@@ -30,14 +30,14 @@ from service.api.gate import Gate
 from service.api.middleware import BodyBounds, Cors, Edge, OverLimit
 from service.api.openapi import describe
 from service.api.page import PATH, docs
-from service.api.recorder import Recorder
 from service.api.rate_limits import LIMIT_HEADERS, RateLimits
+from service.api.recorder import Recorder
 from service.api.server import Server, server_of
 from service.errors import PronkError
+from service.keys.history import history_of
 from service.keys.keyring import Keyring
 from service.keys.limits import Limits
 from service.keys.metrics import KeyMetrics
-from service.keys.spent import nothing
 from service.ledger.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import ModelRegistry
@@ -80,7 +80,7 @@ def create_app(
     )
     metrics = Metrics(registry, ledger)
     keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
-    limits = Limits(history=nothing if ledger is None else ledger.tokens_since)
+    limits = Limits(history=history_of(ledger))
     limits.install(keyring.from_file)
     keyring.on_change.append(limits.install)
     key_metrics = KeyMetrics(metrics.registry, keyring)

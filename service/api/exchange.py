@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from starlette.types import Scope
 
 from service.api.meter import Meter
+
 if TYPE_CHECKING:
     from service.keys.limits import KeyLimits
 

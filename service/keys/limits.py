@@ -54,7 +54,8 @@ class KeyLimits:
         self._clocks = clocks
         self._requests = self._fitted(None, key.requests_per_minute)
         self._tokens = self._fitted(None, key.tokens_per_minute)
-        self._spent = Spent(key.id, history)
+        self._history = history
+        self._spent = self._remembered(None)
         self._reserved = 0  # tokens of requests that run
         self._seconds = 1.0  # an answer takes
 
@@ -63,6 +64,13 @@ class KeyLimits:
         self.key = key
         self._requests = self._fitted(self._requests, key.requests_per_minute)
         self._tokens = self._fitted(self._tokens, key.tokens_per_minute)
+        self._spent = self._remembered(self._spent)
+
+    def _remembered(self, spent: Spent | None) -> Spent | None:
+        """Counted only where a quota is held against it: the records know the rest."""
+        if self.key.tokens_per_day is None and self.key.tokens_per_month is None:
+            return None
+        return spent or Spent.until(self._clocks.wall(), self.key.id, self._history)
 
     def _fitted(self, bucket: Bucket | None, capacity: int | None) -> Bucket | None:
         now = self._clocks.steady()
@@ -120,7 +128,8 @@ class KeyLimits:
 
     def settle(self, reserved: int, hold: Hold | None, used: int) -> None:
         self._reserved -= reserved
-        self._spent.add(used, self._clocks.wall())
+        if self._spent is not None:
+            self._spent.add(used, self._clocks.wall())
         if hold is not None:
             hold.settle(used, self._clocks.steady())
 
@@ -164,13 +173,15 @@ class KeyLimits:
         return QuotaSpent(said, limit=limit, retry_after=quota.wait)
 
     def _quotas(self) -> Iterator[_Quota]:
+        if self._spent is None:
+            return
         now = self._clocks.wall()
         for unit, limit, window in (
             ("day", self.key.tokens_per_day, day_of(now)),
             ("month", self.key.tokens_per_month, month_of(now)),
         ):
             if limit is not None:
-                left = limit - self._spent.within(window, now) - self._reserved
+                left = limit - self._spent.within(window) - self._reserved
                 yield _Quota(unit, limit, left, window.end - now)
 
     # ---- how it stands

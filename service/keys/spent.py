@@ -1,7 +1,7 @@
 """Tokens each key has spent in UTC's days and months: what quotas are held against.
 
 The seam to whatever keeps records over restarts is one function, ``SpentTokens``. It is asked once
-a key, when the key is first seen; from there on this process counts itself.
+for a key, when a quota is first held against it; from there on this process counts itself.
 """
 
 from __future__ import annotations
@@ -47,28 +47,23 @@ def month_of(now: float) -> Window:
 class Spent:
     """One key's tokens by day. Clocks that jump find the day they jump to as it was left."""
 
-    key_id: str
-    history: SpentTokens = nothing
     _days: dict[float, int] = field(default_factory=dict)  # start of a day: tokens
-    _is_loaded: bool = False
+
+    @classmethod
+    def until(cls, now: float, key_id: str, history: SpentTokens) -> Spent:
+        """Of the month before today all that matters is how much it was."""
+        today, month = day_of(now).start, month_of(now).start
+        spent_today = history(key_id, today)
+        before = max(0, history(key_id, month) - spent_today)
+        return cls(
+            {month: before + spent_today} if month == today else {month: before, today: spent_today}
+        )
 
     def add(self, tokens: int, now: float) -> None:
-        self._load(now)
         today = day_of(now).start
         self._days[today] = self._days.get(today, 0) + tokens
         if len(self._days) > KEPT:
             del self._days[min(self._days)]
 
-    def within(self, window: Window, now: float) -> int:
-        self._load(now)
+    def within(self, window: Window) -> int:
         return sum(n for day, n in self._days.items() if window.start <= day < window.end)
-
-    def _load(self, now: float) -> None:
-        """Of the month before today all that matters is how much it was."""
-        if self._is_loaded:
-            return
-        self._is_loaded = True
-        today, month = day_of(now).start, month_of(now).start
-        spent_today = self.history(self.key_id, today)
-        self._days = {month: self.history(self.key_id, month) - spent_today}
-        self._days[today] = self._days.get(today, 0) + spent_today
