@@ -7,6 +7,7 @@ import sqlite3
 
 from service.keys.spent import SpentTokens, nothing
 from service.ledger.ledger import Ledger
+from service.ledger.report import Unreadable
 
 logger = logging.getLogger("pronk.keys")
 
@@ -19,7 +20,7 @@ def history_of(ledger: Ledger | None) -> SpentTokens:
     def spent(key_id: str, since: float) -> int:
         try:
             return ledger.tokens_since(key_id, since)
-        except (sqlite3.Error, OSError, RuntimeError, ValueError) as error:
+        except (sqlite3.Error, OSError, Unreadable) as error:
             logger.error("a quota begins at 0, because the usage ledger cannot be read: %s", error)
             return 0
 

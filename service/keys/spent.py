@@ -54,10 +54,9 @@ class Spent:
         """Of the month before today all that matters is how much it was."""
         today, month = day_of(now).start, month_of(now).start
         spent_today = history(key_id, today)
-        before = max(0, history(key_id, month) - spent_today)
-        return cls(
-            {month: before + spent_today} if month == today else {month: before, today: spent_today}
-        )
+        days = {month: max(0, history(key_id, month) - spent_today)}
+        days[today] = days.get(today, 0) + spent_today
+        return cls(days)
 
     def add(self, tokens: int, now: float) -> None:
         today = day_of(now).start
