@@ -388,6 +388,10 @@ ERRORS = {  # class: when
     "ModelNotAllowed": "the key may not use this model; also where there is none of that name",
     "NotFound": "there is nothing at this address",
     "ModelNotFound": "no model of this name is served",
+    "LimitReached": "the key is over its rate or its requests at a time; `Retry-After` says when "
+    "this request would be let in",
+    "QuotaSpent": "the key's tokens of this day or month do not suffice; `Retry-After` is when the "
+    "next one begins",
     "Overloaded": "the queue is full; `Retry-After` from the measured drain rate",
     "BodiesFull": "the requests being answered have brought `--max-body-memory` bytes",
     "Unavailable": "not now; with `Retry-After`",

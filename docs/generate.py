@@ -32,7 +32,7 @@ from service.settings import ENVIRONMENT_PREFIX, Settings
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Written by `python -m docs.generate`; change the code or docs/fields.py instead. -->"
 COUNTED = "`/v1/messages` and `/v1/messages/count_tokens`"
-UNNAMED_ERRORS = {"RateLimited"}  # declared for the wire, raised by nothing yet
+UNNAMED_ERRORS = {"RateLimited"}  # what stands for its two kinds
 
 SETTINGS_HEAD = f"""# Settings
 

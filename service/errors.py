@@ -110,8 +110,22 @@ class ModelNotFound(NotFound):
 
 
 class RateLimited(PronkError):
+    """``retry_after`` is when the same request would be let in, at the latest; None: never."""
+
     status = 429
     type = "rate_limit_error"
+
+    def __init__(self, message: str, *, limit: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.limit = limit  # which of the key's limits, for metrics
+
+
+class LimitReached(RateLimited):
+    code = "rate_limit_exceeded"
+
+
+class QuotaSpent(RateLimited):
+    code = "insufficient_quota"
 
 
 class Overloaded(PronkError):

@@ -30,10 +30,13 @@ from service.api.gate import Gate
 from service.api.middleware import BodyBounds, Cors, Edge, OverLimit
 from service.api.openapi import describe
 from service.api.page import PATH, docs
+from service.api.rate_limits import LIMIT_HEADERS, RateLimits
 from service.api.recorder import Recorder
 from service.api.server import Server, server_of
 from service.errors import PronkError
+from service.keys.history import history_of
 from service.keys.keyring import Keyring
+from service.keys.limits import Limits
 from service.keys.metrics import KeyMetrics
 from service.ledger.ledger import Ledger
 from service.metrics import Metrics
@@ -77,9 +80,14 @@ def create_app(
     )
     metrics = Metrics(registry, ledger)
     keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
+    limits = Limits(history=history_of(ledger))
+    limits.install(keyring.from_file)
+    keyring.on_change.append(limits.install)
     key_metrics = KeyMetrics(metrics.registry, keyring)
     gate = Gate(registry, settings.max_queued_requests)
-    server = Server(settings, registry, metrics, app.state, keyring, key_metrics, gate, ledger)
+    server = Server(
+        settings, registry, metrics, app.state, keyring, limits, key_metrics, gate, ledger
+    )
     for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
@@ -92,7 +100,7 @@ def create_app(
 
 
 def _add_middlewares(app: FastAPI, server: Server) -> None:
-    """The last one added is the outermost: edge, connections, CORS, keys, body."""
+    """The last one added is the outermost: edge, connections, CORS, keys, rates, body."""
     settings = server.settings
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
     app.add_middleware(
@@ -101,6 +109,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
         max_held=settings.max_body_memory,
         timeout=settings.body_timeout,
     )
+    app.add_middleware(RateLimits, limits=server.limits, metrics=server.key_metrics)
     app.add_middleware(
         Authentication, keyring=server.keyring, metrics=server.key_metrics, public=public
     )
@@ -110,7 +119,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(OverLimit)
     recorder = Recorder(server.ledger, server.metrics)

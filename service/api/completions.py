@@ -52,6 +52,7 @@ async def prepare(
     sampling = make_sampling(
         fields,
         server,
+        exchange,
         model,
         logprobs=fields.logprobs,
         max_tokens=fields.max_tokens,

@@ -46,6 +46,7 @@ async def prepare(fields: ChatRequest, server: Server, exchange: Exchange) -> Ch
     sampling = make_sampling(
         fields,
         server,
+        exchange,
         model,
         logprobs=logprobs,
         max_tokens=max_tokens,

@@ -27,10 +27,12 @@ from service.errors import (
     MethodNotAllowed,
     NotFound,
     PronkError,
+    RateLimited,
     RequestTooLarge,
 )
 from service.redaction import Redacted
 
+LONGEST_WAIT = 60.0  # seconds; their clients take no longer ones for meant
 LONGEST_PARAM = 200  # characters of a path that are echoed
 MISSING = object()
 MESSAGES = {  # where pydantic's own speak of Python
@@ -72,6 +74,8 @@ def error_response(
     extra = dict(headers or {})
     if error.retry_after is not None:
         extra["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, RateLimited):
+        extra |= patience(error)
     if isinstance(error, AuthenticationFailed):
         extra["WWW-Authenticate"] = "Bearer"
     content: Struct = envelope(error)
@@ -80,6 +84,13 @@ def error_response(
         status = anthropic_status(error)
         content = anthropic_envelope(error, exchange_of(scope).request_id)
     return Response(msgspec.json.encode(content), status, extra, media_type="application/json")
+
+
+def patience(error: RateLimited) -> dict[str, str]:
+    """For OpenAI's and Anthropic's clients, which by themselves try again whatever is refused."""
+    if error.retry_after is None or error.retry_after > LONGEST_WAIT:
+        return {"X-Should-Retry": "false"}
+    return {"Retry-After-Ms": str(math.ceil(error.retry_after * 1000))}
 
 
 def internal_error() -> PronkError:

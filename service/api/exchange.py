@@ -6,11 +6,14 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from starlette.types import Scope
 
 from service.api.meter import Meter
+
+if TYPE_CHECKING:
+    from service.keys.limits import KeyLimits
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 REFUSALS = (503, 529)  # of a server that could not take it
@@ -42,6 +45,7 @@ class Exchange:
     arrival: float = field(default_factory=time.monotonic)
     caller: Caller = NOBODY
     is_recorded: bool = False  # one line of the usage ledger is its
+    limits: KeyLimits | None = None  # of the caller's key
     is_generation: bool = False  # counted in received = finished + failed + cancelled + rejected
     is_entering: bool = False  # its body is here, and no engine has taken it yet
     outcome: Outcome | None = None

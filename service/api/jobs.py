@@ -33,6 +33,7 @@ def check(
 def make_sampling(
     fields: SamplingFields,
     server: Server,
+    exchange: Exchange,
     model: ServedModel,
     *,
     logprobs: int | None,
@@ -56,6 +57,7 @@ def make_sampling(
         speculation=speculation(fields, server.settings),
         num_prompts=num_prompts,
         max_request_tokens=server.settings.max_request_tokens,
+        most_tokens=None if exchange.limits is None else exchange.limits.most_tokens(),
     )
 
 

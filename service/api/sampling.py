@@ -160,11 +160,15 @@ class Sampling:
         speculation: tuple[str, int] = ("none", 0),
         num_prompts: int = 1,
         max_request_tokens: int = 1 << 20,
+        most_tokens: int | None = None,
     ) -> None:
+        """``most_tokens`` the caller's key lets a prompt and its choices have: a default is cut to
+        it, what is stated is judged when the request runs."""
         self.n = num_choices(fields)
         self.context = model.context
         self._max_tokens = max_tokens
         self._default = default_max_tokens
+        self._most_tokens = most_tokens
         self._min_tokens = fields.min_tokens or 0
         self._seed = fields.seed
         self._seeds = seeds
@@ -225,11 +229,17 @@ class Sampling:
         stated = self._max_tokens
         if (stated is not None and stated > room) or (room < 1 and stated != 0):
             raise self._too_long(num_prompt)
-        default = min(room, self._default or room, self._share or room)
+        default = min(room, self._share or room, self._default_budget(num_prompt, room))
         budget = default if stated is None else stated
         if self._min_tokens > budget:
             raise _bound("min_tokens", f"must be at most {self._params[1]} ({budget})")
         return budget
+
+    def _default_budget(self, num_prompt: int, room: int) -> int:
+        default = self._default or room
+        if self._most_tokens is None:
+            return default
+        return max(1, min(default, (self._most_tokens - num_prompt) // self.n))
 
     def _too_long(self, num_prompt: int) -> ContextLengthExceeded:
         room = self.context - num_prompt

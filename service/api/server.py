@@ -18,6 +18,7 @@ from service.api.exchange import Exchange, exchange_of
 from service.api.gate import Gate
 from service.errors import AdminRequired
 from service.keys.keyring import Keyring
+from service.keys.limits import Limits
 from service.keys.metrics import KeyMetrics
 from service.ledger.ledger import Ledger
 from service.metrics import Metrics
@@ -38,6 +39,7 @@ class Server:
     metrics: Metrics
     flags: AppState
     keyring: Keyring
+    limits: Limits
     key_metrics: KeyMetrics
     gate: Gate
     ledger: Ledger | None = None

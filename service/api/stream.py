@@ -21,6 +21,7 @@ from service.api.errors import envelope, internal_error
 from service.api.exchange import Exchange
 from service.api.generation import Answer, generate
 from service.api.meter import Meter
+from service.api.rate_limits import spending
 from service.api.schemas.answers import Usage
 from service.api.submission import Job
 from service.api.text import Event
@@ -133,9 +134,10 @@ class AnswerResponse(Response):
     async def _whole(
         self, scope: Scope, receive: Receive, send: Send, taken: Callable[[], None]
     ) -> None:
-        async with generate(self.job, self.metrics) as answer:
-            taken()
-            events = await answer.joined()
+        with spending(self.exchange, self.job):
+            async with generate(self.job, self.metrics) as answer:
+                taken()
+                events = await answer.joined()
         usage = answer.usage(sum(event.num_tokens for event in events))
         events = choose(self.job, events)
         body = msgspec.json.encode(self.shape.whole(events, usage))
@@ -145,20 +147,24 @@ class AnswerResponse(Response):
 
     async def _stream(self, send: Send, taken: Callable[[], None]) -> None:
         wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers}, self.framing)
-        async with generate(self.job, self.metrics) as answer:
-            taken()
-            pings = asyncio.create_task(wire.keep_alive(self.ping_interval))
-            try:
-                await self._write_events(wire, answer)
-            except Exception as error:
-                if not wire.has_started:
-                    raise
-                answer.close("error")
-                await wire.write(self._failure(error))
-            finally:
-                pings.cancel()
-                await asyncio.gather(pings, return_exceptions=True)
+        with spending(self.exchange, self.job):
+            async with generate(self.job, self.metrics) as answer:
+                taken()
+                await self._write_answer(wire, answer)
         await wire.end()
+
+    async def _write_answer(self, wire: Wire, answer: Answer) -> None:
+        pings = asyncio.create_task(wire.keep_alive(self.ping_interval))
+        try:
+            await self._write_events(wire, answer)
+        except Exception as error:
+            if not wire.has_started:
+                raise
+            answer.close("error")
+            await wire.write(self._failure(error))
+        finally:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
 
     async def _write_events(self, wire: Wire, answer: Answer) -> None:
         assert self.stream is not None

@@ -34,7 +34,7 @@ class Tally:
         self.prefill_seconds: float | None = None
         self._first = self._last = 0.0
         self._num_open = 0
-        self._when_settled: Callable[[], None] | None = None
+        self._when_settled: list[Callable[[], None]] = []
 
     @property
     def decode_seconds(self) -> float | None:
@@ -61,13 +61,14 @@ class Tally:
     def end(self) -> None:
         """One of them has ended for good."""
         self._num_open -= 1
-        if not self._num_open and self._when_settled is not None:
-            told, self._when_settled = self._when_settled, None
-            told()
+        if not self._num_open:
+            told, self._when_settled = self._when_settled, []
+            for tell in told:
+                tell()
 
     def when_settled(self, tell: Callable[[], None]) -> None:
         """Called once, when nothing more can come; at once where that is so already."""
         if self._num_open:
-            self._when_settled = tell
+            self._when_settled.append(tell)
         else:
             tell()

@@ -95,7 +95,7 @@ class Keyring:
         self._digests = [(key.digest, key) for key in self._keys]
         self.is_current, self._problem = True, ""
         for changed in self.on_change:
-            changed(self._keys)
+            changed(self.from_file)
 
     def _complain(self, problem: str) -> None:
         """Once for each way it is broken, not at every look."""

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.errors import AdminRequired, ModelNotAllowed, PronkError
+from service.errors import AdminRequired, ModelNotAllowed, PronkError, RateLimited
 from service.keys.keyring import Keyring
 
 OWN = "pronk:"
@@ -30,11 +30,13 @@ class KeyMetrics:
         self._rejections.labels(name, reason).inc()
 
     def note(self, name: str, error: PronkError) -> None:
-        """Count what a route refused, where it was for want of a right."""
+        """Count what was refused for want of a right, a rate or a quota."""
         if isinstance(error, AdminRequired):
             self.reject(name, "admin")
         elif isinstance(error, ModelNotAllowed):
             self.reject(name, "model")
+        elif isinstance(error, RateLimited):
+            self.reject(name, error.limit)
 
 
 class KeyringState(Collector):

@@ -108,7 +108,7 @@ async def test_a_changed_file_is_taken_and_the_callers_are_told(path: Path) -> N
     await keyring.reload()
     assert (name_of(keyring, "bobs"), name_of(keyring, "alices")) == ("bob", None)
     await keyring.reload()
-    assert seen == [["(server)", "bob"]], "told once for one change"
+    assert seen == [["bob"]], "told once for one change"
     assert keyring.num_reloads == 1
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,12 @@ class Kept:
     def status(self, key: str, path: str = "/v1/models") -> int:
         headers = {"x-api-key": key}
         return httpx.get(self.running.url + path, headers=headers, timeout=10).status_code
+
+    def left(self, key: str, name: str) -> int:
+        headers = httpx.get(
+            f"{self.running.url}/version", headers={"x-api-key": key}, timeout=10
+        ).headers
+        return int(headers[f"x-ratelimit-remaining-{name}"])
 
     def wait_for(self, key: str, status: int) -> None:
         wait_until(lambda: self.status(key) == status, f"{status} for the key", self.running)
@@ -89,6 +98,51 @@ def test_a_file_broken_by_hand_locks_nobody_out_and_in(kept: Kept) -> None:
 def test_the_servers_own_sample_needs_no_key_of_the_file(kept: Kept) -> None:
     wait_until(lambda: "Once upon a time" in kept.running.output(), "the sample", kept.running)
     assert "the sample completion failed" not in kept.running.output()
+
+
+def test_tokens_settle_to_what_was_made_also_where_the_client_leaves(kept: Kept) -> None:
+    day = 100_000
+    key = kept.keys("new", "dora", "--tokens-per-day", str(day), "--max-concurrency", "2")
+    kept.wait_for(key, 200)
+    url, headers = f"{kept.running.url}/v1/completions", {"x-api-key": key}
+    body = {"prompt": "Once upon a time", "ignore_eos": True, "max_tokens": 30}
+    whole = httpx.post(url, json=body, headers=headers, timeout=60)
+    spent = whole.json()["usage"]["total_tokens"]
+    assert int(whole.headers["x-ratelimit-remaining-tokens-day"]) == day - spent
+    prompt = whole.json()["usage"]["prompt_tokens"]
+
+    count, asked = 0, 900
+    body |= {"stream": True, "max_tokens": asked}
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
+        told = int(answer.headers["x-ratelimit-remaining-tokens-day"])
+        assert told == day - spent - prompt - asked, "held while it runs"
+        for line in answer.iter_lines():
+            count += line.startswith("data: {")
+            if count == 5:
+                break
+    wait_until(
+        lambda: kept.left(key, "concurrency") == 2, "the stream to be given up", kept.running
+    )
+    left = kept.left(key, "tokens-day")
+    assert day - spent - prompt - asked < left <= day - spent - prompt - 5
+
+
+def test_a_burst_from_many_clients_gets_no_more_than_the_rate(kept: Kept) -> None:
+    rate = 12  # a minute: one more every five seconds
+    key = kept.keys("new", "emil", "--rpm", str(rate))
+    kept.wait_for(key, 200)
+    url, headers = f"{kept.running.url}/v1/completions", {"x-api-key": key}
+    body = {"prompt": "Once", "max_tokens": 1}
+
+    def ask(number: int) -> int:
+        return httpx.post(url, json=body, headers=headers, timeout=60).status_code
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(12) as clients:
+        statuses = Counter(clients.map(ask, range(60)))
+    elapsed = time.monotonic() - start
+    assert set(statuses) <= {200, 429}
+    assert rate <= statuses[200] <= rate + elapsed / 5 + 1
 
 
 def test_no_key_and_no_hash_is_printed(kept: Kept) -> None:
