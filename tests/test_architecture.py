@@ -63,6 +63,17 @@ def test_engine_knows_nothing_of_the_api() -> None:
     assert not offenders("service/engine", "service.api", "fastapi", "starlette", "uvicorn")
 
 
+def test_the_ledger_is_the_standard_library_and_knows_nobody() -> None:
+    allowed = {"service.ledger", "rich", "__future__", *sys.stdlib_module_names}
+    found = {
+        name
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "service/ledger")
+        for name in imports(path)
+    }
+    assert {n for n in found if not any(n == a or n.startswith(f"{a}.") for a in allowed)} == set()
+
+
 def test_api_touches_no_tensor() -> None:
     assert not offenders("service/api", "torch", "model.llama", "model.sampler", "model.kv_cache")
 

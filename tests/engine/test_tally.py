@@ -8,7 +8,7 @@ import pytest
 
 from service.engine.messages import Output, Outputs, State
 from service.engine.tally import Tally
-from service.errors import EngineFailure, Overloaded
+from service.errors import Overloaded, PronkError
 from tests.engine import scripted_engine as script
 from tests.engine.test_client import NEVER, own_temporary_folder, serving, settings, until
 
@@ -128,7 +128,7 @@ async def test_an_engine_that_is_gone_settles_everything(verb: int) -> None:
         poison = asyncio.create_task(ask(client, verb, waiting))
         await first.__aexit__(None, None, None)  # its cancel is behind what ends the engine
         for task in (reader, poison):
-            with pytest.raises(EngineFailure):
+            with pytest.raises(PronkError):  # a poison that killed two engines is refused as one
                 await task
         told = [Told(tally) for tally in (left, running, waiting)]
         await until(lambda: all(one.drawn for one in told))
