@@ -27,6 +27,11 @@ TIMESTAMPS = {  # where the wall clock is read, and what for
     "service/logs.py": "the time of a line",
     "service/keys/cli.py": "when keys were made and expire",
     "service/keys/keyring.py": "whether a key has expired, which is a date",
+    "service/api/recorder.py": "when a request ended",
+    "service/ledger/cli.py": "since when to report",
+    "service/ledger/report.py": "the day of a record",
+    "service/ledger/show.py": "the time of a record",
+    "service/ledger/store.py": "how many days records are kept; the name of a damaged file",
     "service/bench/report.py": "the date of a report",
     "model/template_sandbox.py": "strftime_now of chat templates",
 }
