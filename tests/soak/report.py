@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.soak.run import Rest, Soak, Visited
 
-WHEN_BROKEN = {"error event", "http 500", "refused", "cut"}  # of a request whose engine was killed
+WHEN_BROKEN = {"error event", "http 500", "refused"}  # of a request whose engine was killed
 NUM_WINDOWS = 10
 SLOPE = 20.0  # MiB an hour; 30 minutes see 10 MiB, two minutes only noise: see GROWTH
 GROWTH = 24.0  # MiB between the first rest after the last kill and the last: less is noise
@@ -29,7 +29,7 @@ def unexpected(soak: Soak) -> list[Visited]:
     return [
         visit
         for visit in soak.visits
-        if not (visit.is_expected or (visit.was_broken and visit.ending in WHEN_BROKEN - {"cut"}))
+        if not (visit.is_expected or (visit.was_broken and visit.ending in WHEN_BROKEN))
     ]
 
 
