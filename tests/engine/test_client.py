@@ -22,7 +22,8 @@ from service.engine.supervisor import Patience
 from service.errors import EngineFailure, Overloaded, PoisonRequest, Unavailable
 from tests.engine import scripted_engine as script
 
-QUICK = Patience(restart_delay=0.05, stop=2.0, stalled_after=0.5, grace=0.2, watch_interval=0.1)
+QUICK = Patience(restart_delay=0.05, stop=2.0, grace=0.2, watch_interval=0.1)
+STRICT = replace(QUICK, stalled_after=2.0)  # an idle engine says something every second
 NEVER = 10**9
 
 
@@ -247,7 +248,7 @@ async def test_draining_refuses_the_new_and_waits_for_the_old() -> None:
 
 @pytest.mark.parametrize("verb", [script.STALL, script.FREEZE])
 async def test_a_stuck_engine_turns_unready_then_is_replaced(verb: int) -> None:
-    async with serving() as client:
+    async with serving(patience=STRICT) as client:
         first, told = client.pid, states(client)
         with pytest.raises(PoisonRequest):  # it is tried again, and does it again
             await read_all(client, [verb])
@@ -260,7 +261,7 @@ async def test_a_stuck_engine_turns_unready_then_is_replaced(verb: int) -> None:
 
 
 async def test_an_engine_stopped_from_outside_is_replaced_too() -> None:
-    async with serving() as client:
+    async with serving(patience=STRICT) as client:
         first = client.pid
         kill(client, signal.SIGSTOP)
         await until(lambda: client.state.stage == "stalled")
@@ -270,7 +271,7 @@ async def test_an_engine_stopped_from_outside_is_replaced_too() -> None:
 
 
 async def test_a_step_that_ends_within_the_grace_saves_the_engine() -> None:
-    async with serving(patience=replace(QUICK, grace=30.0)) as client:
+    async with serving(patience=replace(STRICT, grace=30.0)) as client:
         first = client.pid
         kill(client, signal.SIGSTOP)
         await until(lambda: client.state.stage == "stalled")

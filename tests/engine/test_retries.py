@@ -189,15 +189,24 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         assert client.num_restarts == 2
 
 
-async def test_an_engine_that_dies_over_a_retry_ends_it_with_one_error() -> None:
-    """Twice in company: nobody is convicted, and nobody is tried a third time."""
+async def test_who_only_waits_while_engines_die_is_tried_until_one_computes_it() -> None:
     async with serving(patience=replace(QUICK, restart_delay=0.01)) as client:
-        tasks = await started(client, *(fail(ask(client, script.WAIT, LONG, i)) for i in range(2)))
+        tasks = await started(client, *(ask(client, script.WAIT, 150, i) for i in range(2)))
+        for round_ in range(3):
+            kill(client)
+            await until(lambda: client.num_restarts == round_ + 1 and client.is_ready)  # noqa: B023
+            assert in_engine(client) == 2
+        assert [tokens(one) for one in await asyncio.gather(*tasks)] == [[0, 1, 2]] * 2
+
+
+async def test_an_engine_that_dies_over_a_retry_ends_it_with_one_error() -> None:
+    async with serving(patience=replace(QUICK, restart_delay=0.01)) as client:
+        tasks = await started(client, fail(ask(client, script.SLOW, LONG)))
         kill(client)
-        await until(lambda: client.num_restarts == 1 and in_engine(client) == 2)
-        await until(lambda: client.is_ready)
+        await until(lambda: client.num_restarts == 1 and in_engine(client) == 1)
+        await until(lambda: client._supervisor.watchdog.state.running == 1)
         kill(client)
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 2
+        assert isinstance(await tasks[0], PoisonRequest)
         assert client.num_unfinished == 0
 
 
