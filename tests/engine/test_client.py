@@ -19,7 +19,7 @@ from service.engine.messages import Outputs, SamplingSettings, State
 from service.engine.options import SOCKET_FOLDER_PREFIX, EngineOptions
 from service.engine.process import engine_environment
 from service.engine.supervisor import Patience
-from service.errors import EngineFailure, Overloaded, PoisonRequest, Unavailable
+from service.errors import EngineFailure, EngineLost, Overloaded, PoisonRequest, Unavailable
 from tests.engine import scripted_engine as script
 
 QUICK = Patience(restart_delay=0.05, stop=2.0, grace=0.2, watch_interval=0.1)
@@ -63,7 +63,7 @@ async def read_all(client: EngineClient, prompt: list[int]) -> None:
             pass
 
 
-async def until(condition: Callable[[], object], within: float = 5.0) -> None:
+async def until(condition: Callable[[], object], within: float = 20.0) -> None:
     give_up = time.monotonic() + within
     while not condition():
         assert time.monotonic() < give_up, "did not come to pass"
@@ -182,7 +182,7 @@ async def test_everybody_hears_of_the_engines_death_and_the_next_request_works()
         await until(lambda: script_has_answered(client, 5))
         kill(client)
         answers = await asyncio.gather(*readers, return_exceptions=True)
-        assert [type(answer) for answer in answers] == [EngineFailure] * 5
+        assert [type(answer) for answer in answers] == [EngineLost] * 5
         with pytest.raises(Unavailable) as refusal:
             async with client.submit([script.COUNT], settings()):
                 pass

@@ -17,7 +17,14 @@ import pytest
 
 from service.engine.client import EngineClient
 from service.engine.messages import DEADLINE, Output
-from service.errors import EngineFailure, InvalidRequest, PoisonRequest, PronkError, Unavailable
+from service.errors import (
+    EngineFailure,
+    EngineLost,
+    InvalidRequest,
+    PoisonRequest,
+    PronkError,
+    Unavailable,
+)
 from tests.engine import scripted_engine as script
 from tests.engine.test_client import (
     NEVER,
@@ -170,8 +177,8 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         bystanders = [fail(read_all(client, [script.COUNT, i])) for i in range(3)]
         tasks = await started(client, *bystanders)
         await until(lambda: script_has_answered(client, 3))
-        assert type(await fail(ask(client, script.POISON, 5, max_tokens=NEVER))) is EngineFailure
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 3
+        assert type(await fail(ask(client, script.POISON, 5, max_tokens=NEVER))) is EngineLost
+        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineLost] * 3
         await client.wait_ready()
         # All of them come back at once, as clients do that try again by themselves.
         tasks = await started(
@@ -179,7 +186,7 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         )
         poison = fail(ask(client, script.POISON, 5, max_tokens=NEVER))
         assert isinstance(await poison, PoisonRequest)
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 3
+        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineLost] * 3
         await client.wait_ready()
         tasks = await started(client, *(read_all(client, [script.COUNT, i]) for i in range(3)))
         await until(lambda: script_has_answered(client, 3))
