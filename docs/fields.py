@@ -398,5 +398,6 @@ ERRORS = {  # class: when
     "TooManyConnections": "all of `--max-connections` are being answered; health checks still get "
     "through",
     "EngineFailure": "the engine failed on this request, or died under it",
+    "EngineLost": "the engine died under a request that had been answered in part",
     "PronkError": "the server failed on this request",
 }

@@ -157,3 +157,7 @@ class EngineFailure(PronkError):
     """The engine failed on this request, or died under it."""
 
     code = "engine_failure"
+
+
+class EngineLost(EngineFailure):
+    """It died once, after the reader had seen something: who told nobody of it may ask again."""

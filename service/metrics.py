@@ -244,6 +244,10 @@ class ChoiceTimes:
         self._last = now
         self._num_tokens += count
 
+    def abandon(self) -> None:
+        """It is answered anew, and counted then."""
+        self._is_open = False
+
     def close(self, reason: str) -> None:
         """The choice ended: stop, length, cancelled or error. Only the first call counts."""
         if not self._is_open:

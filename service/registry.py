@@ -96,11 +96,13 @@ class Engine(Protocol):
         pooling: str = "",
         logprobs_from: int = 1,
         is_continuation: bool = False,
+        is_retry: bool = False,
         tally: Tally | None = None,
     ) -> AbstractAsyncContextManager[Generation]:
         """Entering it raises ``service.errors``; leaving it is the only way to cancel.
 
-        ``is_continuation`` of a request that was taken before: a draining engine takes it, too.
+        ``is_continuation`` of a request that was taken before: a draining engine takes it, too, and
+        where there is none it waits for one. So does ``is_retry``, of what an engine died over.
         ``tally`` is told of everything that comes of it, also of what nobody reads.
         """
 

@@ -321,7 +321,7 @@ class Settings(BaseSettings):
     keep_alive: int = Field(75, ge=1, description="Seconds an idle connection is kept")
     watchdog_timeout: float = Field(
         10.0,
-        ge=1,
+        ge=3,
         description="Seconds without a sign of life or a completed step (or ten times what the "
         "step should take, if that is more) after which the engine is ended and started anew",
     )

@@ -70,7 +70,7 @@ def status(running: Running, path: str) -> int:
 
 
 def test_a_hung_engine_is_told_of_replaced_and_counted() -> None:
-    with serving("--no-sample", "--watchdog-timeout", "1") as running:
+    with serving("--no-sample", "--watchdog-timeout", "3") as running:
         (engine,) = psutil.Process(running.process.pid).children()
         os.kill(engine.pid, signal.SIGSTOP)
         reasons: list[str] = []

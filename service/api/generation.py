@@ -47,6 +47,7 @@ class Answer:
         self._first = first
         self._metrics = metrics
         self._num_finished = 0  # prompts
+        self._num_told = 0  # tokens, in events
         self._open = {number: self._prompt_text(number) for number in range(len(first))}
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -54,6 +55,7 @@ class Answer:
         async with aclosing(outputs(self.job, self._first)) as arrivals:
             async for arrival in arrivals:
                 if event := self._take(arrival):
+                    self._num_told += event.num_tokens
                     yield event
         if self._num_finished < len(self.job.prompts):
             raise EngineFailure("The engine ended before the answer did; try again.")
@@ -100,6 +102,12 @@ class Answer:
             self.num_accepted,
             self.num_rejected,
         )
+
+    def abandon(self) -> None:
+        """All of it is asked for anew: what has come is told to nobody."""
+        self._metrics.num_dropped += self._num_told
+        for prompt in self._open.values():
+            prompt.abandon()
 
     def close(self, reason: str) -> None:
         """Whatever has not ended yet ended like this."""
@@ -225,6 +233,10 @@ class _PromptText:
             text = "".join(pieces)
             extra = {"request": self._job.request_id, "prompt": prompt, "answer": text}
             logger.info("choice %d ended: %s", event.index, event.finish_reason, extra=extra)
+
+    def abandon(self) -> None:
+        for times in self._times:
+            times.abandon()
 
     def close(self, reason: str) -> None:
         for times in self._times:

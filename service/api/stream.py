@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +25,7 @@ from service.api.rate_limits import spending
 from service.api.schemas.answers import Usage
 from service.api.submission import Job
 from service.api.text import Event
-from service.errors import PronkError
+from service.errors import EngineLost, PronkError
 from service.metrics import Metrics
 
 logger = logging.getLogger("pronk.api")
@@ -135,15 +135,25 @@ class AnswerResponse(Response):
         self, scope: Scope, receive: Receive, send: Send, taken: Callable[[], None]
     ) -> None:
         with spending(self.exchange, self.job):
-            async with generate(self.job, self.metrics) as answer:
-                taken()
-                events = await answer.joined()
+            try:
+                answer, events = await self._joined(self.job, taken)
+            except EngineLost:  # nothing of it has left for the client
+                answer, events = await self._joined(replace(self.job, is_retry=True), taken)
         usage = answer.usage(sum(event.num_tokens for event in events))
         events = choose(self.job, events)
         body = msgspec.json.encode(self.shape.whole(events, usage))
         response = Response(body, headers=self.extra_headers, media_type="application/json")
         await response(scope, receive, send)
         self.exchange.meter.num_told = usage.completion_tokens
+
+    async def _joined(self, job: Job, taken: Callable[[], None]) -> tuple[Answer, list[Event]]:
+        async with generate(job, self.metrics) as answer:
+            taken()
+            try:
+                return answer, await answer.joined()
+            except EngineLost:
+                answer.abandon()
+                raise
 
     async def _stream(self, send: Send, taken: Callable[[], None]) -> None:
         wire = Wire(send, {**STREAM_HEADERS, **self.extra_headers}, self.framing)

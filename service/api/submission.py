@@ -74,6 +74,7 @@ class Job(Redacted):
     grammar_param: str | None = None  # the field it came from
     pooling: str = ""  # "mean" or "last": final hidden states are asked for, no token
     shown: int | None = None  # of a prompt's n choices, the best so many; None: all
+    is_retry: bool = False  # an engine died over it
     length_penalty: float | None = None  # of beam search, whose beams are the choices; None: none
     meter: Meter = field(default_factory=Meter)  # the exchange's
 
@@ -174,6 +175,7 @@ class Job(Redacted):
             pooling=self.pooling,
             logprobs_from=logprobs_from,
             is_continuation=is_continuation or not is_whole_prompt,
+            is_retry=self.is_retry,
             tally=self.meter.tally,
         )
 

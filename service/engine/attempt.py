@@ -26,7 +26,8 @@ class Attempt:
     generation: Generation
     admission: asyncio.Future[None]
     arrival: float = field(default_factory=time.monotonic)
-    num_tries: int = 0
+    num_sent: int = 0
+    num_tries: int = 0  # engines that died while they computed it, and the one that does
     is_in_engine: bool = False
     progress: int = 0
     passed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -37,8 +38,8 @@ class Attempt:
         return self.submit.id
 
     @property
-    def may_retry(self) -> bool:
-        return self.num_tries < MOST_TRIES and not self.generation.has_given
+    def is_tried_out(self) -> bool:
+        return self.num_tries >= MOST_TRIES
 
     @property
     def time_left(self) -> float | None:
@@ -55,7 +56,7 @@ class Attempt:
         Raises ``ModelNotFound`` where that engine could not load it.
         """
         submit = self.submit
-        if not self.num_tries and not submit.is_continuation:
+        if not self.num_sent and not submit.is_continuation:
             return submit
         version = submit.adapter_version
         if submit.adapter:

@@ -60,6 +60,7 @@ class EngineClient:
         self, options: EngineOptions, *, patience: Patience | None = None, worker: str = WORKER
     ) -> None:
         self.observers: list[Observer] = []  # called with every Outputs and State, on the loop
+        self.num_retried = 0  # requests sent to a second engine: the first one died over them
         self.num_discarded = 0  # tokens that reached this process and nobody read
         patience = patience or Patience()
         self._supervisor = Supervisor(options, patience, self, worker)
@@ -98,11 +99,6 @@ class EngineClient:
     def restarts(self) -> Mapping[str, int]:
         """By why the engine before had ended: see ``supervisor.RESTART_REASONS``."""
         return self._supervisor.restarts
-
-    @property
-    def num_retried(self) -> int:
-        """Requests sent to a second engine because the first one died over them."""
-        return self._retries.num_retried
 
     @property
     def num_poisonous(self) -> int:
@@ -220,6 +216,7 @@ class EngineClient:
         pooling: str = "",
         logprobs_from: int = 1,
         is_continuation: bool = False,
+        is_retry: bool = False,
         tally: Tally | None = None,
     ) -> AsyncIterator[Generation]:
         """Enter once the engine accepted, or raise its refusal. Leaving cancels what still runs.
@@ -243,19 +240,20 @@ class EngineClient:
             grammar=grammar,
             pooling=pooling,
             logprobs_from=logprobs_from,
-            is_continuation=is_continuation,
+            is_continuation=is_continuation or is_retry,
         )
-        attempt = await self._admit(submit, tally or Tally())
+        attempt = await self._admit(submit, tally or Tally(), num_tries=int(is_retry))
         try:
             yield attempt.generation
         finally:
             self._leave(attempt)
 
-    async def _admit(self, submit: Submit, tally: Tally) -> Attempt:
+    async def _admit(self, submit: Submit, tally: Tally, num_tries: int) -> Attempt:
         """Register, send, wait for the answer; a refusal or a hang-up leaves nothing behind."""
         if not submit.is_continuation:
             self._refuse_unless_serving()
         attempt = self._register(submit, tally)
+        attempt.num_tries = attempt.num_sent = num_tries
         try:
             await self._enter(attempt)
             await attempt.admission
@@ -284,6 +282,8 @@ class EngineClient:
 
     def _send(self, attempt: Attempt) -> None:
         submit = attempt.due(self._supervisor.watchdog.state.adapters)
+        self.num_retried += attempt.num_sent > 0
+        attempt.num_sent += 1
         attempt.num_tries += 1
         attempt.is_in_engine = True
         self._supervisor.send(submit)
@@ -395,14 +395,17 @@ class EngineClient:
             (attempt.submit, attempt.generation.num_tokens) for attempt in suspects
         )
         for attempt in orphans:
+            attempt.num_tries -= attempt.number not in at_hand  # it only waited
             self._bereave(attempt, is_suspect=are_suspects and attempt in suspects)
 
     def _bereave(self, attempt: Attempt, *, is_suspect: bool) -> None:
         attempt.is_in_engine = False
         try:
             self._quarantine.refuse_convicted(attempt.submit)
-            if self._is_stopping or not attempt.may_retry:
+            if self._is_stopping or attempt.is_tried_out:
                 raise errors.EngineFailure(DIED)
+            if attempt.generation.has_given:
+                raise errors.EngineLost(DIED)
         except errors.PronkError as error:
             attempt.fail(error)
         else:

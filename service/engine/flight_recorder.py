@@ -1,7 +1,7 @@
 """What the engine has at hand, in memory that outlives it: who was being computed when it died.
 
 The HTTP process makes the memory and inherits it to the engine; it has no name, so nothing is left
-behind whoever ends first. Reading it costs the engine nothing, writing a microsecond a step. A
+behind whoever ends first. Writing takes 2 to 8 microseconds, for 1 to 256 requests. A
 message could not do as much: what a process said last may be lost with its socket.
 """
 

@@ -29,7 +29,6 @@ class Retries:
     def __init__(
         self, quarantine: Quarantine, patience: float, send: Callable[[Attempt], None]
     ) -> None:
-        self.num_retried = 0
         self._quarantine = quarantine
         self._patience = patience
         self._send = send
@@ -129,8 +128,6 @@ class Retries:
             self._send(attempt)
         except PronkError as error:
             attempt.fail(error)
-            return
-        self.num_retried += attempt.num_tries > 1
 
     async def wait_turn(self, attempt: Attempt, progress: int) -> None:
         """A suspect that its client has sent again: not beside another one, if that can be."""

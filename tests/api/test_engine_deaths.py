@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 from transformers import LlamaForCausalLM
 
+from service.engine.attempt import Attempt
 from service.engine.supervisor import Patience
 from tests.api.tiny import Tiny, tiny_checkpoint, tiny_server
 from tests.engine.checkpoints import NAN_TOKEN
@@ -50,7 +51,7 @@ async def tiny(checkpoint: tuple[Path, LlamaForCausalLM]) -> AsyncIterator[Tiny]
     async with tiny_server(
         *checkpoint,
         settings={"ping_interval": 0.1},
-        patience=Patience(restart_delay=0.05, max_restart_delay=0.1),
+        patience=Patience(restart_delay=0.05, max_restart_delay=0.1, max_restarts=10),
         worker="tests.engine.treacherous_worker",
         enable_prefix_caching=False,  # or usage would tell which answer came second
         log_level="critical",
@@ -125,6 +126,31 @@ async def test_requests_of_every_kind_survive_an_engine_that_is_killed(tiny: Tin
     assert f'pronk:engine_restarts_total{{{labels},reason="stalled"}} 0.0' in metrics
 
 
+async def test_a_whole_answer_that_had_begun_is_made_anew_and_a_stream_is_told(tiny: Tiny) -> None:
+    """No byte of a whole answer has left before all of it has."""
+    long = {"max_tokens": 440, "n": 2}
+    before = said(await completion(tiny, 8, **long))
+    engine, num_restarts = tiny.engine, tiny.engine.num_restarts
+    asking = asyncio.create_task(completion(tiny, 8, **long))
+    streaming = asyncio.create_task(completion(tiny, 8, 1, stream=True, **long))
+    await until(lambda: sum(one.generation.num_tokens > 20 for one in attempts(tiny)) == 2)
+    assert all(one.generation.has_given for one in attempts(tiny))
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    assert said(await asking) == before
+    *_, last = streamed((await streaming).text)
+    assert last["error"]["code"] == "engine_failure"
+    assert engine.num_restarts == num_restarts + 1
+    metrics = (await tiny.http.get("/metrics")).text.splitlines()
+    ends = [line for line in metrics if line.startswith("vllm:request_success_total")]
+    (errors,) = [line for line in ends if 'finished_reason="error"' in line]
+    assert errors.endswith(" 2.0"), "those of the stream alone"
+
+
+def attempts(tiny: Tiny) -> list[Attempt]:
+    return list(tiny.engine._attempts.values())
+
+
 async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None:
     undisturbed = await innocent(tiny)
     poisons = [completion(tiny, KILLS), completion(tiny, KILLS, 1, **STREAMED)]
@@ -142,7 +168,7 @@ async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None
     again = await completion(tiny, KILLS)
     assert again.json()["error"]["code"] == "poison_request"
     assert "retry-after" not in again.headers
-    assert tiny.engine.num_restarts == num_restarts <= 4
+    assert tiny.engine.num_restarts == num_restarts <= 5
     assert "pronk:poisonous_requests_total" in (await tiny.http.get("/metrics")).text
 
 

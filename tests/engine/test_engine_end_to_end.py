@@ -23,7 +23,7 @@ from service.engine.link import connect
 from service.engine.messages import Output, SamplingSettings, State, Submit, TokenLogprob
 from service.engine.options import SOCKET_FOLDER_PREFIX, EngineOptions
 from service.engine.supervisor import Patience
-from service.errors import ContextLengthExceeded, EngineFailure, Overloaded, Unavailable
+from service.errors import ContextLengthExceeded, EngineFailure, EngineLost, Overloaded, Unavailable
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -344,7 +344,7 @@ async def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGKILL)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(answer) for answer in answers] == [EngineFailure] * 4
+        assert [type(answer) for answer in answers] == [EngineLost] * 4
         with pytest.raises(Unavailable):
             await ask(engine, prompt, greedy())
         await engine.wait_ready()

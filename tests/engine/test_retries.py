@@ -17,7 +17,14 @@ import pytest
 
 from service.engine.client import EngineClient
 from service.engine.messages import DEADLINE, Output
-from service.errors import EngineFailure, InvalidRequest, PoisonRequest, PronkError, Unavailable
+from service.errors import (
+    EngineFailure,
+    EngineLost,
+    InvalidRequest,
+    PoisonRequest,
+    PronkError,
+    Unavailable,
+)
 from tests.engine import scripted_engine as script
 from tests.engine.test_client import (
     NEVER,
@@ -170,8 +177,8 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         bystanders = [fail(read_all(client, [script.COUNT, i])) for i in range(3)]
         tasks = await started(client, *bystanders)
         await until(lambda: script_has_answered(client, 3))
-        assert type(await fail(ask(client, script.POISON, 5, max_tokens=NEVER))) is EngineFailure
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 3
+        assert type(await fail(ask(client, script.POISON, 5, max_tokens=NEVER))) is EngineLost
+        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineLost] * 3
         await client.wait_ready()
         # All of them come back at once, as clients do that try again by themselves.
         tasks = await started(
@@ -179,7 +186,7 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         )
         poison = fail(ask(client, script.POISON, 5, max_tokens=NEVER))
         assert isinstance(await poison, PoisonRequest)
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 3
+        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineLost] * 3
         await client.wait_ready()
         tasks = await started(client, *(read_all(client, [script.COUNT, i]) for i in range(3)))
         await until(lambda: script_has_answered(client, 3))
@@ -189,15 +196,24 @@ async def test_poison_that_works_late_is_convicted_when_its_client_sends_it_agai
         assert client.num_restarts == 2
 
 
-async def test_an_engine_that_dies_over_a_retry_ends_it_with_one_error() -> None:
-    """Twice in company: nobody is convicted, and nobody is tried a third time."""
+async def test_who_only_waits_while_engines_die_is_tried_until_one_computes_it() -> None:
     async with serving(patience=replace(QUICK, restart_delay=0.01)) as client:
-        tasks = await started(client, *(fail(ask(client, script.WAIT, LONG, i)) for i in range(2)))
+        tasks = await started(client, *(ask(client, script.WAIT, 150, i) for i in range(2)))
+        for round_ in range(3):
+            kill(client)
+            await until(lambda: client.num_restarts == round_ + 1 and client.is_ready)  # noqa: B023
+            assert in_engine(client) == 2
+        assert [tokens(one) for one in await asyncio.gather(*tasks)] == [[0, 1, 2]] * 2
+
+
+async def test_an_engine_that_dies_over_a_retry_ends_it_with_one_error() -> None:
+    async with serving(patience=replace(QUICK, restart_delay=0.01)) as client:
+        tasks = await started(client, fail(ask(client, script.SLOW, LONG)))
         kill(client)
-        await until(lambda: client.num_restarts == 1 and in_engine(client) == 2)
-        await until(lambda: client.is_ready)
+        await until(lambda: client.num_restarts == 1 and in_engine(client) == 1)
+        await until(lambda: client._supervisor.watchdog.state.running == 1)
         kill(client)
-        assert [type(one) for one in await asyncio.gather(*tasks)] == [EngineFailure] * 2
+        assert isinstance(await tasks[0], PoisonRequest)
         assert client.num_unfinished == 0
 
 
