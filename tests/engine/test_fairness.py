@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
+from service.engine.account import Account
 from service.engine.adapters import PATIENCE, AdapterTable
 from service.engine.blocks import BlockPool
 from service.engine.messages import SamplingSettings, Submit
-from service.engine.sequence import Sequence
+from service.engine.sequence import Request, Sequence
 from service.engine.step import Step
+from service.engine.yielding import by_share_of_pages
 from service.errors import Overloaded
 from tests.engine.storm import Storm
 
@@ -232,6 +234,36 @@ def test_cached_tokens_are_free() -> None:
     next_step(storm)
     assert account.level - before == 1, "63 of 64 were there"
     storm.end()
+
+
+def test_long_prompts_of_two_accounts_are_computed_in_one_step() -> None:
+    storm = a_storm(num_blocks=400, seqs=8, budget=64)
+    flood(storm, "a", 2, prompt=70, max_tokens=1)
+    flood(storm, "b", 2, first=2000, prompt=70, max_tokens=1)
+    assert tokens_by_account(next_step(storm)) == {"a": 32, "b": 32}
+    storm.end()
+
+
+def test_a_sequence_thrown_back_may_yield_once_it_has_made_up_for_it() -> None:
+    sequence = Sequence.start(Request(ask("a", 1, prompt=8), 0, 0, 0.0))
+    assert sequence.may_yield
+    sequence.num_reached, sequence.num_redone = 200, 100
+    sequence.num_computed = 299
+    assert not sequence.may_yield
+    sequence.num_computed = 300
+    assert sequence.may_yield
+
+
+def test_the_last_in_line_is_the_youngest_of_who_holds_most_pages_for_its_weight() -> None:
+    def holding(account: Account, number: int, pages: int) -> Sequence:
+        request = Request(ask(account.name, number), 0, number, 0.0, account=account)
+        sequence = Sequence.start(request)
+        sequence.block_table = list(range(pages))
+        return sequence
+
+    light, heavy = Account("light", 1.0), Account("heavy", 4.0)
+    line = [holding(light, 1, 2), holding(light, 2, 2), holding(heavy, 3, 7), holding(heavy, 4, 7)]
+    assert [sequence.id for sequence in by_share_of_pages(line)] == [3, 1, 4, 2]
 
 
 # ---- the client's own word ---------------------------------------------------------------------
