@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test clients check bench
+.PHONY: serve test clients check audit bench
 serve: .venv/installed ## serve the bundled model
 	$(BIN)/pronk serve
 
@@ -21,6 +21,9 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: .venv/installed ## known weaknesses of what is installed
+	.ci/audit
 
 bench: .venv/installed ## load a fresh server and print the table
 	$(BIN)/python -m tests.benchmarks.serve

@@ -101,6 +101,28 @@ def test_the_http_process_loads_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_nothing_that_runs_code_reads_what_others_wrote() -> None:
+    """No pickle on a socket. In a .pth file a reader that knows five names, and torch's strict one."""
+    readers = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
+    assert offenders("service", *readers) == []
+    assert sorted(offenders("model", *readers)) == [
+        "model/checkpoint/meta.py imports pickle",
+        "model/checkpoint/meta_config.py imports pickle",
+    ]
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "os.system"), path
+                assert name != "torch.load" or "weights_only=True" in ast.unparse(node), path
+
+
+def test_no_request_can_make_the_server_fetch_anything() -> None:
+    clients = ("httpx", "requests", "urllib.request", "urllib3", "aiohttp", "huggingface_hub")
+    assert offenders("service/api", *clients) == []
+    assert offenders("service/engine", *clients) == []
+
+
 def test_no_file_is_named_for_what_it_is_not() -> None:
     vague = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
     assert [path for path in SOURCES if path.name in vague] == []

@@ -95,9 +95,12 @@ class Server:
                 self.all_answered.set()
 
     def namespace(self, key_id: str, salt: str | None) -> bytes:
-        """Who may share cached prefixes: the caller's key, narrowed by the request's salt."""
-        text = f"{key_id}\0{salt or ''}".encode()
-        return hmac.new(self.secret, text, hashlib.sha256).digest()
+        """Who may share cached prefixes: the caller's key, narrowed by the request's salt.
+
+        One code under the other: no salt can be made to spell another key's namespace.
+        """
+        own = hmac.new(self.secret, key_id.encode(), hashlib.sha256).digest()
+        return hmac.new(own, (salt or "").encode(), hashlib.sha256).digest()
 
 
 def server_of(request: Request) -> Server:

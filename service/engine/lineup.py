@@ -327,7 +327,8 @@ class Lineup:
         request = sequence.request
         request.first_scheduled = self._clock()
         request.cached_tokens = sequence.num_computed
-        reads_cache = request.prompt_logprobs is None and request.submit.pooling != "mean"
+        may_skip = request.prompt_logprobs is None or request.submit.logprobs_from > 1
+        reads_cache = may_skip and request.submit.pooling != "mean"
         if self._paging.pool.enable_prefix_caching and reads_cache:
             self._counters.prefix_queries += sequence.num_prompt
             self._counters.prefix_hits += sequence.num_computed

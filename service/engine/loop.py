@@ -200,6 +200,8 @@ class EngineLoop(Generic[Launched]):
                 return self._adapter_control(front_end, control)
             case "estimate":
                 return self._estimate(front_end, control)
+            case "ping":
+                self._publish(urgent=True)  # before the reply: who hears it knows all that was done
         self._connections.send(front_end, Reply(control.id))
         return None
 

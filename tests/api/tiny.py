@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI
 from transformers import LlamaForCausalLM
 
+from model.chat_template import load_chat_template
 from service.api.app import create_app
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
@@ -85,7 +86,15 @@ async def tiny_server(
     await engine.start()
     try:
         await engine.wait_ready()
-        model = ServedModel(["tiny"], [engine], CONTEXT, ByteTokenizer(), eos_token_ids=(EOS,))
+        tokenizer = ByteTokenizer()
+        model = ServedModel(
+            ["tiny"],
+            [engine],
+            CONTEXT,
+            tokenizer,
+            chat_template=load_chat_template(tokenizer),
+            eos_token_ids=(EOS,),
+        )
         for name, folder in limits.get("adapters", {}).items():
             model.adapters[name] = ServedAdapter(name, Path(folder))
         app = create_app(Settings(**settings or {}), ModelRegistry([model]), ledger)

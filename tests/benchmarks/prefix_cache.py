@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from model.random_checkpoint import SHAPES, write
 from service.engine.blocks import BlockPool
 from service.engine.host_slots import HostSlots
 from service.engine.loading import Loaded, load, warm_up
@@ -21,7 +22,6 @@ from service.engine.messages import SamplingSettings, Submit
 from service.engine.options import EngineOptions
 from service.engine.prefix import PrefixChain, chain_root
 from service.engine.scheduler import Scheduler
-from tests.benchmarks.random_checkpoint import SHAPES, write
 
 SHARED, OWN, PAGE = 1024, 64, 256
 NUM_BLOCKS = 1 + 5  # one prompt: the next one evicts it
