@@ -102,7 +102,7 @@ def test_the_http_process_loads_no_torch(module: str) -> None:
 
 
 def test_nothing_that_runs_code_reads_what_others_wrote() -> None:
-    """No pickle on a socket. In a .pth file a reader that knows five names, and torch's strict one."""
+    """No pickle on a socket; in a .pth file a reader of five names, and torch's strict one."""
     readers = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
     assert offenders("service", *readers) == []
     assert sorted(offenders("model", *readers)) == [

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from starlette.datastructures import State
 
-from service.api.server import Server
-from service.metrics import Metrics
+from service.api.app import create_app
 from service.registry import ModelRegistry
 from service.settings import Settings
 from tests.api.fakes import FakeEngine, served
@@ -196,13 +194,13 @@ async def test_host_memory_gives_back_to_the_key_that_filled_it() -> None:
 
 async def test_a_restarted_server_names_prefixes_anew() -> None:
     models = ModelRegistry([served(FakeEngine())])
-    one, two = (Server(Settings(), models, Metrics(models), State()) for _ in range(2))
+    one, two = (create_app(Settings(), models).state.server for _ in range(2))
     assert one.namespace("key", "salt") == one.namespace("key", "salt")
     assert one.namespace("key", "salt") != two.namespace("key", "salt")
 
 
 async def test_key_and_salt_cannot_be_shifted_into_each_other() -> None:
     models = ModelRegistry([served(FakeEngine())])
-    server = Server(Settings(seed=1), models, Metrics(models), State())
+    server = create_app(Settings(), models).state.server
     pairs = [("a", "b"), ("ab", ""), ("a\0b", ""), ("a", "\0b"), ("", "ab"), ("", "a\0b")]
     assert len({server.namespace(*pair) for pair in pairs}) == len(pairs)
