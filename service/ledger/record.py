@@ -10,7 +10,7 @@ class Record(NamedTuple):
 
     ``engine_generated_tokens`` is ``generated_tokens + discarded_tokens``, and both prompt counts
     are equal, but for beam search, whose rounds compute their prompts again and whose beams share
-    tokens.
+    tokens, and for what a second engine had to begin anew.
     """
 
     time: float  # seconds since the epoch, when it had ended

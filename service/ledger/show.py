@@ -29,6 +29,7 @@ SHOWN = {  # of the sums, in a table, and their headings
     "total_seconds": "seconds",
     "energy_joules": "joules",
 }
+MOST_WIDTH = 500  # columns
 NOBODY = "(no key)"
 UNKNOWN = "(not known)"  # refused before a model was found
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets run when a cell begins with it
@@ -47,7 +48,8 @@ def print_table(report: Report, title: str) -> None:
     table.add_section()
     table.add_row("all", *(_figure(sums[name]) for name in shown))
     console = Console()
-    console.width = max(console.width, console.measure(table).maximum)  # figures stay whole
+    needed = Console(width=MOST_WIDTH).measure(table).maximum
+    console.width = max(console.width, needed)  # figures are never cut
     console.print(table, markup=False)
     for note in report.notes:
         print(note, file=sys.stderr)
