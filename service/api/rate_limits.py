@@ -105,8 +105,9 @@ def spending(exchange: Exchange, job: Job) -> Iterator[None]:
         least = sum(len(prompt.ids) for prompt in first_wave)
         raise
     finally:
+        prompt = job.num_prompt_tokens  # once, though it may have been computed again
         tally.when_settled(
-            lambda: reservation.settle(max(least, tally.num_prompt) + tally.num_drawn)
+            lambda: reservation.settle(max(least, min(tally.num_prompt, prompt)) + tally.num_drawn)
         )
 
 
