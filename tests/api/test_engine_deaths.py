@@ -153,6 +153,7 @@ def attempts(tiny: Tiny) -> list[Attempt]:
 
 async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None:
     undisturbed = await innocent(tiny)
+    before = tiny.engine.num_restarts
     poisons = [completion(tiny, KILLS), completion(tiny, KILLS, 1, **STREAMED)]
     *poisoned, others = await asyncio.gather(*poisons, innocent(tiny))
     assert others == undisturbed
@@ -168,7 +169,8 @@ async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None
     again = await completion(tiny, KILLS)
     assert again.json()["error"]["code"] == "poison_request"
     assert "retry-after" not in again.headers
-    assert tiny.engine.num_restarts == num_restarts <= 5
+    assert tiny.engine.num_restarts == num_restarts
+    assert num_restarts - before <= 4, "two deaths for each of the two"
     assert "pronk:poisonous_requests_total" in (await tiny.http.get("/metrics")).text
 
 
