@@ -199,4 +199,4 @@ async def test_who_has_no_room_even_alone_is_told_so(tiny: Tiny) -> None:
     assert (bad.status_code, bad.json()["error"]["code"]) == (500, "engine_failure")
     assert "memory" in bad.json()["error"]["message"]
     assert tiny.engine.pid == pid
-    assert tiny.engine.state.free_blocks == tiny.engine.state.num_blocks
+    await until(lambda: tiny.engine.state.free_blocks == tiny.engine.state.num_blocks)
