@@ -164,6 +164,8 @@ class Connections:
 
 
 def _listen(path: Path) -> socket.socket:
+    if path.parent.name.startswith(SOCKET_FOLDER_PREFIX):
+        path.parent.mkdir(mode=0o700, exist_ok=False)  # only this user may enter
     with contextlib.suppress(FileNotFoundError):
         path.unlink()  # left by an engine that was killed
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -104,8 +105,10 @@ def engine_environment(environment: dict[str, str]) -> dict[str, str]:
 
 
 def make_socket_path() -> str:
-    """A path in a fresh folder that only this user may enter (0700)."""
-    return str(Path(tempfile.mkdtemp(prefix=SOCKET_FOLDER_PREFIX)) / "engine.sock")
+    """A path in a folder that is not there yet: the engine makes it, who also removes it should
+    this process be killed; made here it would stay if that happened before the engine runs."""
+    folder = SOCKET_FOLDER_PREFIX + secrets.token_urlsafe(6)
+    return str(Path(tempfile.gettempdir()) / folder / "engine.sock")
 
 
 def remove_socket(path: str) -> None:

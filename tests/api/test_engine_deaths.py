@@ -153,6 +153,7 @@ def attempts(tiny: Tiny) -> list[Attempt]:
 
 async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None:
     undisturbed = await innocent(tiny)
+    before = tiny.engine.num_restarts
     poisons = [completion(tiny, KILLS), completion(tiny, KILLS, 1, **STREAMED)]
     *poisoned, others = await asyncio.gather(*poisons, innocent(tiny))
     assert others == undisturbed
@@ -168,7 +169,8 @@ async def test_poison_is_refused_and_its_company_is_answered(tiny: Tiny) -> None
     again = await completion(tiny, KILLS)
     assert again.json()["error"]["code"] == "poison_request"
     assert "retry-after" not in again.headers
-    assert tiny.engine.num_restarts == num_restarts <= 5
+    assert tiny.engine.num_restarts == num_restarts
+    assert num_restarts - before <= 4, "two deaths for each of the two"
     assert "pronk:poisonous_requests_total" in (await tiny.http.get("/metrics")).text
 
 
@@ -197,4 +199,4 @@ async def test_who_has_no_room_even_alone_is_told_so(tiny: Tiny) -> None:
     assert (bad.status_code, bad.json()["error"]["code"]) == (500, "engine_failure")
     assert "memory" in bad.json()["error"]["message"]
     assert tiny.engine.pid == pid
-    assert tiny.engine.state.free_blocks == tiny.engine.state.num_blocks
+    await until(lambda: tiny.engine.state.free_blocks == tiny.engine.state.num_blocks)
