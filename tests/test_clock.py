@@ -27,6 +27,8 @@ TIMESTAMPS = {  # where the wall clock is read, and what for
     "service/logs.py": "the time of a line",
     "service/keys/cli.py": "when keys were made and expire",
     "service/keys/keyring.py": "whether a key has expired, which is a date",
+    "service/keys/limits.py": "the day and month that a quota is for",
+    "service/api/rate_limits.py": "when a limit that stands in headers is over, as a date",
     "service/api/recorder.py": "when a request ended",
     "service/ledger/cli.py": "since when to report",
     "service/ledger/report.py": "the day of a record",
