@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from functools import cache
@@ -139,6 +140,31 @@ CITED = re.compile(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
 @pytest.mark.parametrize(("name", "path"), CITED.findall(RELIABILITY))
 def test_every_test_that_is_to_prove_a_promise_exists(name: str, path: str) -> None:
     assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+
+
+def markers_of(name: str, path: str) -> set[str]:
+    """Those that keep a test, or its whole file, out of a plain ``pytest``."""
+    tree = ast.parse((ROOT / path).read_text())
+    marks = [
+        decorator
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+        for decorator in node.decorator_list
+        if "parametrize" not in ast.unparse(decorator)
+    ]
+    marks += [node.value for node in tree.body if isinstance(node, ast.Assign)
+              and ast.unparse(node.targets[0]) == "pytestmark"]  # fmt: skip
+    return set(re.findall(r"mark\.(slow|soak|container|gpu)", " ".join(map(ast.unparse, marks))))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [line for line in RELIABILITY.splitlines() if CITED.search(line)],
+    ids=lambda row: row[:40],
+)
+def test_a_promise_says_which_of_its_tests_a_plain_pytest_leaves_out(row: str) -> None:
+    left_out = {marker for name, path in CITED.findall(row) for marker in markers_of(name, path)}
+    assert left_out == set(re.findall(r"`-m (\w+)`", row))
 
 
 def test_every_promise_has_a_proof() -> None:

@@ -26,6 +26,12 @@ from tests.running import serving
 PATH = "/v1/completions"
 INTERVAL = 0.25  # seconds between two requests of the victim
 COLORS = {"alone": "#6b7280", "fair": "#1b6ca8", "fcfs": "#b3261e"}
+LABELS = {
+    "alone": "alone",
+    "fair": "beside the flood, fair shares",
+    "fcfs": "beside the flood, first come, first served",
+}
+TICKS = {0.01: "10 ms", 0.1: "0.1 s", 1.0: "1 s", 10.0: "10 s", 100.0: "100 s"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ def report(found: list[Found], load: Load) -> None:
 
 
 def draw(found: list[Found], load: Load, path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -138,18 +145,25 @@ def draw(found: list[Found], load: Load, path: Path) -> None:
     for one in found:
         ordered = sorted(one.times)
         shares = [100 * (place + 1) / len(ordered) for place in range(len(ordered))]
-        axes.step(ordered, shares, where="post", color=COLORS[one.name], label=one.name)
-        axes.plot([one.quantile(0.95)], [95], "o", color=COLORS[one.name])
-    axes.set(xlabel="time to first token, s", ylabel="% of the victim's requests", xscale="log")
+        color, p95 = COLORS[one.name], one.quantile(0.95)
+        axes.step(ordered, shares, where="post", color=color, label=LABELS[one.name])
+        axes.plot([p95], [95], "o", color=color)
+        told = f"{1e3 * p95:.0f} ms" if p95 < 1 else f"{p95:.0f} s"
+        axes.annotate(told, (p95, 95), (8, -12), textcoords="offset points")
+    axes.axhline(95, color="#9ca3af", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="time to first token", ylabel="share of the short requests, %", xscale="log")
+    axes.set_xticks([*TICKS], [*TICKS.values()])
+    axes.margins(x=0.07)
+    axes.minorticks_off()
     axes.set_title(
-        f"short requests of one key beside {load.flood} of {load.prompt} + {load.answer} "
-        "tokens of another",
+        f"One key's short requests beside {load.flood:,} of another "
+        f"({load.prompt} + {load.answer} tokens)",
         fontsize=10,
     )
-    axes.axhline(95, color="#9ca3af", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, metadata={"Date": None})
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

@@ -224,25 +224,31 @@ def draw_curve(levels: list[Level], path: Path) -> None:
         0.9 * highest, highest, color="#1b6ca8", alpha=0.12, label="within 10 % of the peak"
     )
     good.set(ylabel="output tokens a second", ylim=(0, 1.4 * highest))
-    for name, part, style in (("p50", 0.5, "-"), ("p95", 0.95, "--")):
-        done = [[one.seconds for one in level.of("done")] for level in levels]
-        first = [[one.first or 0.0 for one in level.of("done")] for level in levels]
-        times.plot(loads, [share(one, part) for one in done], style + "o", color="#1b6ca8",
-                   label=f"whole answer, {name}")  # fmt: skip
-        times.plot(loads, [share(one, part) for one in first], style + "s", color="#e08a1e",
-                   label=f"first token, {name}")  # fmt: skip
+    for part, style in ((0.5, "-"), (0.95, "--")):
+        done = [[1e3 * one.seconds for one in level.of("done")] for level in levels]
+        first = [[1e3 * (one.first or 0.0) for one in level.of("done")] for level in levels]
+        for values, mark, color, name in (
+            (done, "o", "#1b6ca8", "whole answer"),
+            (first, "s", "#e08a1e", "first token"),
+        ):
+            label = f"{name}, p{100 * part:.0f}"
+            marks = style + mark
+            times.plot(loads, [share(one, part) for one in values], marks, color=color, label=label)
     shed = [level for level in levels if level.of("refused")]
-    refusals = [share([one.seconds for one in level.of("refused")], 0.99) for level in shed]
+    refusals = [share([1e3 * one.seconds for one in level.of("refused")], 0.99) for level in shed]
     times.plot(
         [level.factor for level in shed], refusals, "-^", color="#b3261e", label="refusal, p99"
     )
-    times.set(ylabel="seconds", yscale="log")
+    times.set(ylabel="ms", yscale="log")
+    times.set_yticks([5, 10, 30, 100, 300, 1000], ["5", "10", "30", "100", "300", "1,000"])
+    good.set_title("Tokens a second of requests answered whole", fontsize=10)
+    times.set_title("Times of those let in, and of refusals", fontsize=10)
     for axes in (good, times):
-        axes.set(xscale="log", xlabel="arrivals, in times of what is sustainable")
+        axes.set(xscale="log", xlabel="load offered, in times of what is sustainable")
         axes.set_xticks(loads, [f"{load:g}" for load in loads])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same
         figure.savefig(path, metadata={"Date": None})
 
