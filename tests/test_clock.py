@@ -139,4 +139,4 @@ def test_deadlines_and_kept_connections_outlive_a_jump(server: Running, jump: Pa
         answer = client.post("/v1/completions", json=body | {"deadline_ms": 200}, timeout=30)
     choice = answer.json()["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
-    assert 0 < answer.json()["usage"]["completion_tokens"] < 900
+    assert answer.json()["usage"]["completion_tokens"] < 900

@@ -142,6 +142,13 @@ def test_every_test_that_is_to_prove_a_promise_exists(name: str, path: str) -> N
     assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
 
 
+def test_every_test_the_security_page_names_exists() -> None:
+    cited = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
+    assert len(cited) > 20
+    for path, name in cited:
+        assert f"def {name}" in (ROOT / "tests" / path).read_text(), path
+
+
 def markers_of(name: str, path: str) -> set[str]:
     """Those that keep a test, or its whole file, out of a plain ``pytest``."""
     tree = ast.parse((ROOT / path).read_text())
