@@ -86,7 +86,7 @@ def scope_of(path: str) -> dict[str, Any]:
     }
 
 
-async def until(condition: Callable[[], object], within: float = 5) -> None:
+async def until(condition: Callable[[], object], within: float = 30) -> None:
     """Wait until it holds; so many seconds at most."""
     async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110 (what is waited for has no event of its own)

@@ -52,7 +52,7 @@ def test_a_grammar_without_end_is_given_up_in_time_and_the_next_one_is_compiled(
     began = time.monotonic()
     with pytest.raises(GrammarError, match=TOO_COMPLEX):
         trial.run(ENDLESS, seconds=0.5)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 10  # it would take minutes
     assert trial.run(lark("start: /b/")) == lark("start: /b/")
 
 
