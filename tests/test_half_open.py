@@ -97,7 +97,6 @@ def wait_for(condition: object, seconds: float) -> bool:
     return bool(condition())
 
 
-@pytest.mark.slow
 def test_a_reader_that_vanished_is_found_out_and_its_generation_cancelled(wire: Wire) -> None:
     """Nobody tells the server: no goodbye, no reset, not even an unreachable host."""
     port = free_port()
