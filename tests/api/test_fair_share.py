@@ -41,16 +41,16 @@ async def test_a_short_answer_of_one_key_is_there_before_the_flood_of_another(
 ) -> None:
     limits = {"max_num_seqs": SLOTS, "scheduling_policy": policy}
     async with tiny_server(*checkpoint, KEYS, **limits) as server:
-        flood = [asyncio.create_task(ask(server, "greedy", 150)) for _ in range(24)]
+        flood = [asyncio.create_task(ask(server, "greedy", 150)) for _ in range(40)]
         await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)  # all are in the engine
         answer = await ask(server, "modest", 4)
         num_answered = sum(task.done() for task in flood)
         assert answer.status_code == 200
         assert {task.status_code for task in await asyncio.gather(*flood)} == {200}
     if policy == "fair":
-        assert num_answered <= 12, "the first four were through, and perhaps the next"
+        assert num_answered <= 24, "the first four were through, and perhaps some more"
     else:
-        assert num_answered >= 20
+        assert num_answered >= 36
 
 
 async def test_a_queue_full_of_one_keys_requests_refuses_that_key_alone(

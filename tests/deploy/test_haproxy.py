@@ -69,8 +69,9 @@ def test_both_replicas_are_used(cluster: Cluster) -> None:
         assert sum(served) > 0
 
 
-def test_a_rolling_restart_under_load_loses_nothing(cluster: Cluster) -> None:
-    """Each replica is drained and started anew while eight clients stream without a pause."""
+def test_a_restart_under_load_loses_nothing(cluster: Cluster) -> None:
+    """One is drained and started anew while eight clients stream without a pause; both of them,
+    twice, and two thousand requests: ``test_rolling_restart.py``."""
     stop = threading.Event()
     answered: list[str] = []
     failed: list[str] = []
@@ -86,9 +87,8 @@ def test_a_rolling_restart_under_load_loses_nothing(cluster: Cluster) -> None:
     for thread in clients:
         thread.start()
     try:
-        for number in range(len(cluster.replicas)):
-            cluster.restart(number)
-            time.sleep(1.5)  # the balancer sees it ready before the other one goes
+        cluster.restart(0)
+        time.sleep(1.5)  # the balancer sees it ready
     finally:
         stop.set()
         for thread in clients:

@@ -10,7 +10,14 @@ from service.engine.messages import Output, Outputs, State
 from service.engine.tally import Tally
 from service.errors import Overloaded, PronkError
 from tests.engine import scripted_engine as script
-from tests.engine.test_client import NEVER, own_temporary_folder, serving, settings, until
+from tests.engine.test_client import (
+    NEVER,
+    STRICT,
+    own_temporary_folder,
+    serving,
+    settings,
+    until,
+)
 
 __all__ = ["own_temporary_folder"]  # the fixture, for these tests too
 
@@ -113,7 +120,7 @@ async def test_hanging_up_before_the_engine_answered_is_settled_by_its_answer() 
 @pytest.mark.parametrize("verb", [script.DIE, script.FREEZE])
 async def test_an_engine_that_is_gone_settles_everything(verb: int) -> None:
     """Those that run, those just left, and those that waited for its word."""
-    async with serving() as client:
+    async with serving(patience=STRICT) as client:
         left, running, waiting = Tally(), Tally(), Tally()
 
         async def read() -> None:
