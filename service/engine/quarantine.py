@@ -53,14 +53,16 @@ class Quarantine:
         """Those that were computed when the engine died, each with the tokens it had given.
 
         True where all of them are suspects now: nobody was convicted who explains it. A second
-        death convicts the only one that had one before and had not passed since. Where there are
-        several of those nobody knows which of them it was, and a third death is waited for.
+        death convicts the only one that had one before and had not passed since, or one that is
+        alone at hand. Otherwise nobody knows which of them it was (or whether it was any of
+        them: engines are also killed from outside), and a third death is waited for.
         """
         self._expire()
         names = {self._name(submit): progress for submit, progress in at_hand}
         known = [name for name in names if name in self._records]
         doubtful = [name for name in known if not self._records[name].has_passed]
-        culprits = next((found for found in (doubtful, known) if len(found) == 1), [])
+        is_alone = len(names) == 1
+        culprits = doubtful if len(doubtful) == 1 else known if is_alone else []
         for name in culprits or names:
             self._note(name, names[name], is_culprit=bool(culprits))
         while len(self._records) > MOST:

@@ -55,6 +55,16 @@ def test_a_death_that_has_a_culprit_makes_nobody_else_a_suspect() -> None:
     assert is_refused(quarantine, ask(1)), "on its own it has no excuse"
 
 
+def test_who_has_passed_is_not_convicted_for_a_death_in_the_company_of_strangers() -> None:
+    quarantine = Quarantine()
+    die(quarantine, 1, 2)
+    quarantine.note_passed(ask(1))
+    assert die(quarantine, 1, 7, 8), "all of them are suspects: the engine may have been killed"
+    assert not any(is_refused(quarantine, ask(number)) for number in (1, 7, 8))
+    die(quarantine, 1, 9)
+    assert is_refused(quarantine, ask(1)), "the third time, before it had passed"
+
+
 def test_two_suspects_that_die_together_twice_are_convicted_the_third_time() -> None:
     quarantine = Quarantine()
     for _ in range(2):
