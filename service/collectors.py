@@ -17,6 +17,7 @@ from service.registry import ModelRegistry
 if TYPE_CHECKING:
     from service.ledger.ledger import Ledger
     from service.metrics import EngineMetrics
+    from service.tracing.exporting import Deliveries
 
 VLLM, OWN = "vllm:", "pronk:"
 LABELS = ["model_name", "engine"]
@@ -214,6 +215,28 @@ class LedgerState(Collector):
         )
         yield GaugeMetricFamily(
             OWN + "ledger_writable", "0 while its file refuses", value=ledger.trouble is None
+        )
+
+
+class TraceState(Collector):
+    """Where the spans went; absent where nothing is traced."""
+
+    def __init__(self, deliveries: Deliveries) -> None:
+        self.deliveries = deliveries
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            OWN + "trace_spans_exported",
+            "Spans the collector took",
+            value=self.deliveries.num_exported,
+        )
+        yield CounterMetricFamily(
+            OWN + "trace_spans_lost",
+            "Spans it refused, or was not there for",
+            value=self.deliveries.num_lost,
         )
 
 

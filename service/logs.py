@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from service.log_bounds import LONGEST, RepeatFilter, shorten
+from service.log_context import AboutRequest
 
 OWN = ("pronk", "service", "model")  # our loggers
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
@@ -122,6 +123,7 @@ def configure_logging(level: str, style: str, *, has_content: bool = False) -> N
     formatter = JsonFormatter if style == "json" else TextFormatter
     handler = _Handler(sys.stderr)
     handler.addFilter(RepeatFilter())
+    handler.addFilter(AboutRequest())
     handler.setFormatter(formatter(has_traces=level == "debug", has_content=has_content))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -7,6 +7,7 @@ state when they are scraped, so they are never stale and always return to 0.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +27,7 @@ from service.collectors import (
     EngineStates,
     LedgerState,
     OwnStates,
+    TraceState,
     Twice,
 )
 from service.connections import Connections
@@ -34,6 +36,9 @@ from service.ledger.ledger import Ledger
 from service.ledger.record import Record
 from service.registry import Engine, ModelRegistry, ServedModel
 from service.usage_metrics import UsageMetrics
+
+if TYPE_CHECKING:
+    from service.tracing.exporting import Deliveries
 
 FIRST_TOKEN = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
@@ -93,6 +98,9 @@ class Metrics:
     def watch_connections(self, book: Connections) -> None:
         """Of the listener in front, where there is one."""
         self.registry.register(ConnectionStates(book))
+
+    def watch_traces(self, deliveries: Deliveries) -> None:
+        self.registry.register(TraceState(deliveries))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -44,6 +44,7 @@ from service.registry import (
     fingerprint,
 )
 from service.settings import Settings
+from service.tracing.exporting import Tracing, TracingProblem, traced
 
 logger = logging.getLogger("pronk")
 
@@ -91,10 +92,11 @@ def serve_until_stopped(settings: Settings) -> int:
         with (
             contextlib.closing(socket),
             usage_ledger(settings) as ledger,
+            traced(settings.otlp_traces_endpoint) as tracing,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            return runner.run(Server(settings, source, socket, ledger).run())
-    except LedgerProblem as problem:
+            return runner.run(Server(settings, source, socket, ledger, tracing).run())
+    except (LedgerProblem, TracingProblem) as problem:
         raise ServeProblem(str(problem)) from None
 
 
@@ -189,7 +191,13 @@ class Backend:
     ``pronk serve`` listens for it, ``pronk batch`` reads a file.
     """
 
-    def __init__(self, settings: Settings, source: Source, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        ledger: Ledger | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.settings = settings
         self.source = source
         model = settings.speculative_model
@@ -208,7 +216,7 @@ class Backend:
             for name, folder in settings.adapters.items()
         }
         try:
-            self.app: FastAPI = create_app(settings, ModelRegistry([self.model]), ledger)
+            self.app: FastAPI = create_app(settings, ModelRegistry([self.model]), ledger, tracing)
         except KeysProblem as problem:
             raise ServeProblem(str(problem)) from None
 
@@ -256,8 +264,9 @@ class Server(Backend):
         source: Source,
         socket: listener.Socket,
         ledger: Ledger | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        super().__init__(settings, source, ledger)
+        super().__init__(settings, source, ledger, tracing)
         self.socket = socket
         self.http = HttpServer(self._uvicorn_config(), self._book())
         self.code = 0

@@ -335,12 +335,24 @@ class Settings(BaseSettings):
         5.0, gt=0, description="Seconds of silence before a stream's comment"
     )
 
+    # ---- traces
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="Collector that gets OpenTelemetry traces (OTLP over HTTP), such as "
+        "http://localhost:4318; needs the extra otel; the standard OTEL_* variables tune the rest",
+    )
+
     # ---- logs
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level logged"
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="Lines for people or for machines"
+    )
+    access_log: bool = Field(
+        False,
+        description="Log a line for each request that has ended: key, route, status, tokens, "
+        "seconds; never what was said",
     )
     log_content: bool = Field(
         False, description="Log prompts and answers (loud warning; for debugging)"

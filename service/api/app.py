@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -43,6 +43,9 @@ from service.metrics import Metrics
 from service.registry import ModelRegistry
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.tracing.exporting import Tracing
+
 ROUTED = (
     completions,
     chat,
@@ -57,13 +60,18 @@ ROUTED = (
     health,
 )
 REFUSED_ADMISSION = (429, 503)
+# FastAPI's own (from 0.160 or so) tells any provider it finds the words of exceptions.
+NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
 
 
 def create_app(
-    settings: Settings, registry: ModelRegistry, ledger: Ledger | None = None
+    settings: Settings,
+    registry: ModelRegistry,
+    ledger: Ledger | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The service in front of ``registry``'s engines, which are started and stopped elsewhere, as
-    is the ``ledger``.
+    are ``ledger`` and ``tracing``.
 
     Raises ``KeysProblem`` where the keys file cannot be used. Whoever runs the app lets
     ``app.state.server.keyring.watch()`` run beside it.
@@ -77,8 +85,11 @@ def create_app(
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
     )
     metrics = Metrics(registry, ledger)
+    if tracing is not None:
+        metrics.watch_traces(tracing.deliveries)
     keyring = Keyring([key.get_secret_value() for key in settings.api_key], settings.api_keys_file)
     limits = Limits(history=history_of(ledger))
     limits.install(keyring.from_file)
@@ -92,14 +103,14 @@ def create_app(
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
-    _add_middlewares(app, server)
+    _add_middlewares(app, server, tracing)
     _describe_lazily(app)
     if settings.docs:
         app.add_route(PATH, docs, include_in_schema=False)
     return app
 
 
-def _add_middlewares(app: FastAPI, server: Server) -> None:
+def _add_middlewares(app: FastAPI, server: Server, tracing: Tracing | None) -> None:
     """The last one added is the outermost: edge, connections, CORS, keys, rates, body."""
     settings = server.settings
     public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else set())
@@ -122,8 +133,10 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             expose_headers=["X-Request-Id", "X-Ignored-Params", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(OverLimit)
-    recorder = Recorder(server.ledger, server.metrics)
-    app.add_middleware(Edge, metrics=server.metrics, gate=server.gate, recorder=recorder)
+    recorder = Recorder(server.ledger, server.metrics, logs_access=settings.access_log)
+    app.add_middleware(
+        Edge, metrics=server.metrics, gate=server.gate, recorder=recorder, tracing=tracing
+    )
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -114,6 +114,7 @@ class ChatShape:
         )
 
     def account(self, meter: Meter) -> None:
+        meter.response_id = self._id
         meter.num_reasoning = sum(count.num_tokens for count in self._thoughts.values())
         for index, reason in meter.endings.items():
             reader = self._readers.get(index)

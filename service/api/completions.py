@@ -195,7 +195,7 @@ class CompletionShape:
         return [self._answer([], usage)]
 
     def account(self, meter: Meter) -> None:
-        """Nothing: a text is no more than its tokens."""
+        meter.response_id = self._id
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:
         choices = [self._choice(event) for event in events]

@@ -14,6 +14,7 @@ from service.api.meter import Meter
 
 if TYPE_CHECKING:
     from service.keys.limits import KeyLimits
+    from service.tracing.request_trace import RequestTrace
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 REFUSALS = (503, 529)  # of a server that could not take it
@@ -43,6 +44,8 @@ class Exchange:
 
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
+    started: int = field(default_factory=time.time_ns)  # the same moment, since the epoch
+    ended: float = 0.0  # time.monotonic()
     caller: Caller = NOBODY
     is_recorded: bool = False  # one line of the usage ledger is its
     limits: KeyLimits | None = None  # of the caller's key
@@ -51,6 +54,7 @@ class Exchange:
     outcome: Outcome | None = None
     status: int | None = None
     meter: Meter = field(default_factory=Meter)
+    trace: RequestTrace | None = None
 
     @property
     def age(self) -> float:

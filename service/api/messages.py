@@ -117,6 +117,7 @@ class MessageShape:
         return [MessageDelta(self._stop, self._usage(usage)), MessageStop()]
 
     def account(self, meter: Meter) -> None:
+        meter.response_id = self._id
         self._parts.account(meter)
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from service.engine.messages import DEADLINE
+from service.engine.messages import DEADLINE, SamplingSettings
 from service.engine.tally import Tally
 
 
@@ -17,6 +17,9 @@ class Meter:
     adapter: str = ""
     num_prompt: int = 0  # tokens of all its prompts
     num_choices: int = 0  # over all its prompts
+    sampling: SamplingSettings | None = field(default=None, repr=False)  # of its first choice
+    is_stream: bool = False
+    response_id: str = ""  # as the client was told, where answers have one
     num_told: int = 0  # generated tokens that left for the client
     num_accepted: int = 0  # of the tokens guessed ahead
     num_rejected: int = 0

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,10 +26,15 @@ from service.api.exchange import KEY, OVER_LIMIT, Exchange, request_id, route_pa
 from service.api.gate import Gate
 from service.api.recorder import Recorder
 from service.errors import BodiesFull, InvalidRequest, RequestTooLarge, TooManyConnections
+from service.log_context import logging_about
 from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.tracing.exporting import Tracing
 
 logger = logging.getLogger("pronk.api")
 
+UNTRACED = PUBLIC_PATHS | {"/metrics"}  # asked for every few seconds, for ever
 BODIES_RETRY = 2.0  # seconds: answers end, and with them go the bodies they came from
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 SLOWEST_BODY = 4096  # bytes a second, on the whole
@@ -41,18 +47,32 @@ ALWAYS = {  # whatever is answered; what a route says itself goes before
 class Edge:
     """Outermost: names the exchange, counts it, and turns what nobody caught into a 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, gate: Gate, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        gate: Gate,
+        recorder: Recorder,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.gate = gate
         self.recorder = recorder
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         exchange = scope[KEY] = Exchange(request_id(scope))
+        if self.tracing is not None and route_path(scope) not in UNTRACED:
+            exchange.trace = self.tracing.begin(exchange, scope)
+        trace_id = "" if exchange.trace is None else exchange.trace.trace_id
+        with logging_about(exchange.request_id, trace_id):
+            await self._answer(exchange, scope, receive, send)
 
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
@@ -69,7 +89,7 @@ class Edge:
         except ClientDisconnect:
             exchange.outcome = "cancelled"  # it hung up while it sent its body
         except Exception:
-            logger.exception("request %s failed", exchange.request_id)
+            logger.exception("the request failed")
             if exchange.status is not None:
                 exchange.outcome = "failed"
                 raise
@@ -78,7 +98,7 @@ class Edge:
             self.gate.leave(exchange)
             handler = _handler(scope)
             self.metrics.close_exchange(exchange, scope["method"], handler)
-            self.recorder.close(exchange, handler)
+            self.recorder.close(exchange, scope["method"], handler)
 
 
 def _handler(scope: Scope) -> str:

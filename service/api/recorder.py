@@ -1,10 +1,11 @@
-"""From a closed exchange to its record: written once the engines have said their last word."""
+"""From a closed exchange to its record: made once the engines have said their last word."""
 
 from __future__ import annotations
 
 import functools
 import time
 
+from service.api.access_log import log_access
 from service.api.exchange import Exchange, Outcome
 from service.ledger.ledger import Ledger
 from service.ledger.record import Record
@@ -14,25 +15,32 @@ FINISHES = {"failed": "error", "cancelled": "cancelled", "rejected": "rejected"}
 
 
 class Recorder:
-    """One record for each exchange that asks for it, in the ledger and in the keys' counters."""
+    """One record for each exchange: for the ledger, the keys' counters, its trace and its line."""
 
-    def __init__(self, ledger: Ledger | None, metrics: Metrics) -> None:
+    def __init__(self, ledger: Ledger | None, metrics: Metrics, *, logs_access: bool) -> None:
         self._ledger = ledger
         self._metrics = metrics
+        self._logs_access = logs_access
 
-    def close(self, exchange: Exchange, route: str) -> None:
+    def close(self, exchange: Exchange, method: str, route: str) -> None:
         """Never waits: what an engine sent before it knew of a hang-up is still to come."""
-        if exchange.is_recorded:
-            ended, total = time.time(), exchange.age
-            write = functools.partial(self._write, exchange, route, ended, total)
+        if exchange.is_recorded or exchange.trace is not None or self._logs_access:
+            exchange.ended = time.monotonic()
+            write = functools.partial(self._write, exchange, method, route, time.time())
             exchange.meter.tally.when_settled(write)
 
-    def _write(self, exchange: Exchange, route: str, ended: float, total: float) -> None:
+    def _write(self, exchange: Exchange, method: str, route: str, ended: float) -> None:
         outcome = exchange.settle()
+        total = exchange.ended - exchange.arrival
         record = make_record(exchange, route, ended, total, outcome)
-        self._metrics.note_usage(record, outcome)
-        if self._ledger is not None:
-            self._ledger.add(record)
+        if exchange.is_recorded:
+            self._metrics.note_usage(record, outcome)
+            if self._ledger is not None:
+                self._ledger.add(record)
+        if self._logs_access:
+            log_access(exchange, method, record, outcome)
+        if exchange.trace is not None:
+            exchange.trace.end(record, outcome)
 
 
 def make_record(

@@ -77,6 +77,7 @@ class ResponseShape:
         return [last(self._number(), response)]
 
     def account(self, meter: Meter) -> None:
+        meter.response_id = self._response.id
         self._parts.account(meter)
 
     def whole(self, events: list[Event], usage: Usage) -> Struct:

@@ -51,7 +51,7 @@ class Shape(Protocol):
     def whole(self, events: list[Event], usage: Usage) -> Struct: ...
 
     def account(self, meter: Meter) -> None:
-        """Adds what only it knows by now: reasoning tokens, choices that ended in calls."""
+        """Adds what only it knows by now: its id, reasoning tokens, choices that ended in calls."""
 
 
 class StreamUsage(Struct, frozen=True):
@@ -114,6 +114,7 @@ class AnswerResponse(Response):
         self.stream = stream
         self.ping_interval = ping_interval
         self.extra_headers = headers
+        exchange.meter.is_stream = stream is not None
         self.framing = framing or Framing()
         self.background = None
 
@@ -198,7 +199,7 @@ class AnswerResponse(Response):
         """What ends a stream that cannot go on; the status has been sent already."""
         self.exchange.outcome = "failed"
         if not isinstance(error, PronkError):
-            logger.error("request %s failed", self.exchange.request_id, exc_info=error)
+            logger.error("the request failed", exc_info=error)
             error = internal_error()
         self.exchange.meter.code = error.code or ""
         return self._frames(self.framing.failure(error))

@@ -84,6 +84,7 @@ class Job(Redacted):
         meter.adapter = "" if self.adapter is None else self.adapter.name
         meter.num_prompt = self.num_prompt_tokens
         meter.num_choices = len(self.prompts) * self.n
+        meter.sampling = self.prompts[0].settings[0]
 
     @property
     def fingerprint(self) -> str:

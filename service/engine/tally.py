@@ -19,6 +19,8 @@ class Tally:
         "_last",
         "_num_open",
         "_when_settled",
+        "began",
+        "first_output",
         "num_cached",
         "num_drawn",
         "num_prompt",
@@ -32,6 +34,8 @@ class Tally:
         self.num_drawn = 0  # as the engine counts what it sent
         self.queue_seconds: float | None = None  # of the prompt that took longest, if many
         self.prefill_seconds: float | None = None
+        self.began: float | None = None  # time.monotonic() of the first submit
+        self.first_output: tuple[float, float, float] | None = None  # when, and its seconds
         self._first = self._last = 0.0
         self._num_open = 0
         self._when_settled: list[Callable[[], None]] = []
@@ -43,12 +47,17 @@ class Tally:
 
     def begin(self) -> None:
         """One more submit may bring outputs."""
+        if self.began is None:
+            self.began = time.monotonic()
         self._num_open += 1
 
     def note(self, output: Output) -> None:
         if output.prompt_tokens is not None:
             self.num_prompt += output.prompt_tokens
             self.num_cached += output.cached_tokens or 0
+        if self.first_output is None and output.prefill_time is not None:
+            queued = output.queue_time or 0.0
+            self.first_output = time.monotonic(), queued, output.prefill_time
         if output.queue_time is not None:
             self.queue_seconds = max(self.queue_seconds or 0.0, output.queue_time)
         if output.prefill_time is not None:

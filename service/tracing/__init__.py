@@ -1,0 +1,1 @@
+"""OpenTelemetry traces, where they are asked for; nothing of it is imported before that."""
