@@ -33,7 +33,13 @@ def shared_memory() -> set[str]:
     return {path.name for path in folder.iterdir() if path.owner() == Path.home().owner()}
 
 
-@pytest.mark.parametrize("stopped_first", [False, True], ids=["killed", "stopped_then_killed"])
+@pytest.mark.parametrize(
+    "stopped_first",
+    [
+        pytest.param(False, id="killed"),
+        pytest.param(True, id="stopped_then_killed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_server_leaves_nothing_and_its_successor_binds_at_once(
     stopped_first: bool, tmp_path: Path
 ) -> None:
