@@ -17,10 +17,15 @@ from rich.console import Console
 
 HELP = "Empty line or /quit ends, /new forgets the conversation, Ctrl-C stops an answer."
 START_TIMEOUT = 600.0  # seconds a large checkpoint may take to load
+HOPELESS = (401, 403, 404)  # no other line will be answered either
 
 
 class ChatProblem(RuntimeError):
     """The chat cannot go on; the text says why in one line."""
+
+
+class AnswerFailed(Exception):
+    """This answer cannot; the conversation so far is as it was."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,13 @@ def _talk(client: httpx.Client, settings: ChatSettings, console: Console) -> Non
         if line == "/new":
             messages = list(opening)
             continue
-        messages.append({"role": "user", "content": line})
-        answer = _print_answer(client, settings, messages, console)
-        messages.append({"role": "assistant", "content": answer})
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            answer = _print_answer(client, settings, asked, console)
+        except AnswerFailed as failure:
+            console.print(f"\npronk: {failure}", style="red", markup=False)
+        else:
+            messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _read_line(console: Console) -> str:
@@ -151,12 +160,13 @@ def _print_answer(
 
 
 def _stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
-    """Text pieces of one streamed answer. Raises ChatProblem with the server's own words."""
+    """Text pieces of one streamed answer. Raises a refusal, in the server's words."""
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 answer.read()
-                raise ChatProblem(answer.json()["error"]["message"])
+                problem = ChatProblem if answer.status_code in HOPELESS else AnswerFailed
+                raise problem(answer.json()["error"]["message"])
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     yield _piece(json.loads(line[6:]))
@@ -166,7 +176,7 @@ def _stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
 
 def _piece(event: dict[str, object]) -> str:
     if isinstance(error := event.get("error"), dict):
-        raise ChatProblem(str(error.get("message")))
+        raise AnswerFailed(str(error.get("message")))
     choices = event.get("choices")
     if not isinstance(choices, list) or not choices:
         return ""

@@ -50,6 +50,7 @@ logger = logging.getLogger("pronk")
 
 ECHO = 0.25  # seconds: a wrapper that passes on a signal its group got too sends it twice
 LINGER = 2  # seconds for answers already written to reach their clients
+LAST_WORDS = 0.5  # seconds after a second signal for answers to say that the engine ended
 UNKNOWN_LENGTH = 1 << 30  # before a checkpoint was read
 DTYPES = {"float": "float32", "half": "float16"}  # vLLM's other spellings
 
@@ -315,8 +316,15 @@ class Server(Backend):
             for task in self._tasks:
                 task.cancel()
             await self.engine.stop()
+            await self._last_words()
         logger.info("stopped")
         return self.code
+
+    async def _last_words(self) -> None:
+        """One error in its envelope for everybody: what the loop's end cancels says less."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self.app.state.server.all_answered.wait()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

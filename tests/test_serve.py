@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -208,7 +209,20 @@ def test_a_second_signal_ends_at_once() -> None:
         wait_until(lambda: status(running, "/readyz") == 503, "readiness to turn", running)
         time.sleep(0.3)
         assert running.process.poll() is None
-        assert running.end(timeout=10) != 0
+        with ThreadPoolExecutor() as pool:
+            body = {"prompt": "Once", "max_tokens": 900, "n": 8, "ignore_eos": True}
+            url = f"{running.url}/v1/completions"
+            whole = pool.submit(httpx.post, url, json=body, timeout=30)
+            wait_until(lambda: running_requests(running) > 0, "it to run", running)
+            assert running.end(timeout=10) != 0
+        assert whole.result().status_code == 500
+        assert whole.result().json()["error"]["code"] == "engine_failure"
+
+
+def running_requests(running: Running) -> float:
+    metrics = httpx.get(f"{running.url}/metrics", timeout=5).text
+    lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
+    return sum(float(line.split()[-1]) for line in lines)
 
 
 def test_a_killed_engine_is_back_and_every_client_is_answered(server: Running) -> None:

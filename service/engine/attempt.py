@@ -29,6 +29,7 @@ class Attempt:
     num_sent: int = 0
     num_tries: int = 0  # engines that died while they computed it, and the one that does
     is_in_engine: bool = False
+    has_waited: bool = False  # for its turn, before it was sent
     progress: int = 0
     passed: asyncio.Event = field(default_factory=asyncio.Event)
     timer: asyncio.TimerHandle | None = None  # ends its wait for another engine
@@ -53,10 +54,12 @@ class Attempt:
     def due(self, versions: Mapping[str, int]) -> Submit:
         """What is sent now: less time, and the adapter as the engine that is there counts it.
 
+        What was sent before is owed: its client has been told that it is taken.
+
         Raises ``ModelNotFound`` where that engine could not load it.
         """
         submit = self.submit
-        if not self.num_sent and not submit.is_continuation:
+        if not (self.num_sent or self.has_waited or submit.is_continuation):
             return submit
         version = submit.adapter_version
         if submit.adapter:
@@ -65,6 +68,7 @@ class Attempt:
                 raise ModelNotFound(f"The adapter {submit.adapter!r} is not loaded any more.")
         return replace(
             submit,
+            is_owed=self.num_sent > 0,
             deadline=self._less(submit.deadline),
             max_queue=self._less(submit.max_queue),
             adapter_version=version,

@@ -161,7 +161,7 @@ class EngineLoop(Generic[Launched]):
         """Exactly one answer, before any output; with a new grammar once that is compiled."""
         grammar = None
         try:
-            if self._is_draining and not submit.is_continuation:
+            if self._is_draining and not (submit.is_continuation or submit.is_owed):
                 raise Unavailable("the server is shutting down", code="draining", retry_after=1.0)
             if submit.grammar and self._grammars is not None:
                 self._scheduler.check(submit, front_end)

@@ -65,6 +65,7 @@ class Submit(Redacted, Struct, frozen=True, tag="submit", omit_defaults=True):
     adapter_version: int = 0  # 0: the model itself
     grammar: str = ""  # JSON of what the text must be, see grammar_trial; "" is anything
     is_continuation: bool = False  # of a request taken before: a draining engine takes it too
+    is_owed: bool = False  # it was taken itself, by an engine that died: a full one takes it too
     pooling: str = ""  # "mean" or "last" of the prompt's final hidden states; beside max_tokens 0
 
 

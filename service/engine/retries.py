@@ -134,7 +134,9 @@ class Retries:
         attempt.progress = progress
         before, self._on_probation = self._on_probation, attempt
         if before is not None:
+            attempt.has_waited = True
+            left = attempt.time_left
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PROBATION):
+                async with asyncio.timeout(PROBATION if left is None else min(PROBATION, left)):
                     await before.passed.wait()
                 self._note_passed(before)

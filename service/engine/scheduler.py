@@ -162,8 +162,9 @@ class Scheduler:
             raise InvalidRequest(f"Request {submit.id} is still being answered.")
         self.adapters.check(submit)
         self._limits.check(submit)
-        free_slots = max(self._lineup.free_slots, 0)
-        self._bounds.check(submit, self._waiting, free_slots, self.rate.seconds_for)
+        if not submit.is_owed:
+            free_slots = max(self._lineup.free_slots, 0)
+            self._bounds.check(submit, self._waiting, free_slots, self.rate.seconds_for)
 
     def estimate(
         self, submits: Collection[Submit], seconds: Callable[[int], float]

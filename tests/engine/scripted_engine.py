@@ -60,6 +60,7 @@ class Script:
         self.num_steps = 0
         self.num_cancelled = 0
         self.is_stalled = False
+        self.is_draining = False
         self.pulse.start()
 
     def loop(self) -> int:
@@ -94,6 +95,8 @@ class Script:
                 self.running = {k: v for k, v in self.running.items() if k[0] != front_end}
             case Control(verb="shutdown"):
                 return True
+            case Control(verb="drain"):
+                self.is_draining = True
             case Control(verb="ping"):
                 self.connections.send(front_end, Reply(message.id))
         return False
@@ -101,6 +104,10 @@ class Script:
     def submit(self, front_end: int, submit: Submit) -> None:
         key, verb = (front_end, submit.id), submit.prompt[0]
         self.recorder.write([submit.id])
+        if self.is_draining and not (submit.is_continuation or submit.is_owed):
+            refused = Refused(submit.id, "Unavailable", "shutting down", "draining", None, 1.0)
+            self.connections.send(front_end, refused)
+            return
         if verb == REFUSE:
             refused = Refused(submit.id, "Overloaded", "the queue is full", "queue_full", None, 7.0)
             self.connections.send(front_end, refused)

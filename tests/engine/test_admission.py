@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from service.engine.admission import MOST_NAMED
 from service.engine.blocks import BlockPool
@@ -65,6 +66,14 @@ def test_room_is_what_the_queue_takes(
         if refused is not None and account in room.refused:
             assert refused.retry_after == room.refused[account]
         assert 1 <= room.retry_after <= 60
+
+
+def test_a_full_queue_still_takes_what_is_owed() -> None:
+    """All that ran and waited in an engine that died comes to the next one's queue at once."""
+    scheduler = a_scheduler(1, 8)
+    taken = [refusal(scheduler, ask(number, 8)) is None for number in range(8)]
+    assert not taken[-1]
+    assert refusal(scheduler, replace(ask(8, 8), is_owed=True)) is None
 
 
 def test_free_slots_are_room() -> None:

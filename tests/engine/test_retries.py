@@ -15,8 +15,12 @@ from typing import Any
 
 import pytest
 
+from service.engine.attempt import Attempt
 from service.engine.client import EngineClient
-from service.engine.messages import DEADLINE, Output
+from service.engine.generation import Generation
+from service.engine.messages import DEADLINE, Output, Submit
+from service.engine.quarantine import Quarantine
+from service.engine.retries import PROBATION, Retries
 from service.errors import (
     EngineFailure,
     EngineLost,
@@ -279,6 +283,35 @@ async def test_a_draining_server_still_ends_what_it_accepted_by_another_engine()
         answers = await asyncio.gather(*tasks)
         assert [tokens(answer) for answer in answers] == [[0, 1, 2]] * 2
         await drain
+
+
+async def test_a_drain_begun_while_there_is_no_engine_refuses_nobody_who_was_accepted() -> None:
+    async with serving() as client:
+        tasks = await started(client, ask(client, script.SLOW, 60), ask(client, script.WAIT, 60))
+        kill(client)
+        await until(lambda: client.state.stage == "restarting")
+        await until(lambda: client._supervisor.is_connected)  # the next one hears of the drain
+        drain = asyncio.create_task(client.drain())
+        answers = await asyncio.gather(*tasks)
+        assert [tokens(answer) for answer in answers] == [[0, 1, 2]] * 2
+        await drain
+
+
+async def test_a_suspect_waits_for_its_turn_no_longer_than_its_deadline() -> None:
+    retries = Retries(Quarantine(), 300.0, lambda attempt: None)
+
+    def attempt(number: int, deadline: float | None) -> Attempt:
+        submit = Submit(number, [number], settings(1), deadline=deadline)
+        generation = Generation(number, 1, lambda choice: None)
+        return Attempt(submit, generation, asyncio.get_running_loop().create_future())
+
+    await retries.wait_turn(attempt(1, None), 0)  # it never passes
+    second = attempt(2, 0.05)
+    async with asyncio.timeout(PROBATION / 2):
+        await retries.wait_turn(second, 0)
+    left = second.due({}).deadline
+    assert left is not None
+    assert left < 0.05, "the wait is not made good by the engine"
 
 
 async def test_what_goes_on_with_an_answer_waits_for_the_next_engine() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from service.engine.blocks import BlockPool
 from service.engine.connections import Connections
@@ -353,11 +354,13 @@ def test_a_step_that_fails_costs_its_requests_and_the_engine_goes_on(tmp_path: P
 def test_a_draining_engine_refuses_and_finishes(tmp_path: Path) -> None:
     with serving(tmp_path, delay=0.005) as engine:
         caller = engine.call()
-        caller.say(ask(1, max_tokens=50), Control(7, "drain"), ask(2))
+        owed = replace(ask(3), is_owed=True)
+        caller.say(ask(1, max_tokens=50), Control(7, "drain"), ask(2), owed)
         assert caller.hear_answer() == Accepted(1)
         refused = caller.hear_answer()
         assert isinstance(refused, Refused)
         assert (refused.kind, refused.code) == ("Unavailable", "draining")
+        assert caller.hear_answer() == Accepted(3)
         assert caller.hear_end(1).finish_reason == "length"
 
 
