@@ -92,7 +92,8 @@ def summarize(path: Path, by: By, within: Range) -> Report:
     with reading(path) as connection:
         labels = LABELS[by]
         rows = connection.execute(*_grouped(by, labels, within)).fetchall()
-        total = connection.execute(*_grouped(by, (), within)).fetchone()
+        sums = connection.execute(*_grouped(by, (), within))
+        total = sums.fetchone() if rows else None
         notes = _notes(connection, by, within)
     return Report(labels, rows, total or (0,) * len(schema.SUMS), notes)
 
