@@ -214,6 +214,7 @@ class EngineMetrics:
         """Called by the engine client with everything it hears."""
         if isinstance(message, Outputs):
             self.step_tokens.observe(message.num_scheduled_tokens)
+            self.prompt_tokens.inc(sum(output.prompt_tokens or 0 for output in message.outputs))
             self.generation_tokens.inc(sum(len(output.tokens) for output in message.outputs))
 
 

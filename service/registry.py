@@ -224,8 +224,12 @@ class ModelRegistry:
             if (adapter := model.adapters.get(name)) is not None:
                 return model, adapter
         known = sorted([*self._by_name, *(name for m in self.models for name in m.adapters)])
+        if allowed is not None:  # such a key learns of no other
+            known = [one for one in known if one in allowed]
         listed = ", ".join(known[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
-        raise ModelNotFound(f"The model {name[:200]!r} does not exist here; served: {listed}")
+        raise ModelNotFound(
+            f"The model {name[:200]!r} does not exist here; served: {listed or 'nothing'}"
+        )
 
     def _check_allowed(self, name: str | None, allowed: frozenset[str]) -> None:
         meant = self.models[0].names if name is None else [name]

@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -28,6 +35,7 @@ from pydantic_settings import (
 GIB = 1 << 30
 MIB = 1 << 20
 ENVIRONMENT_PREFIX = "PRONK_"
+NO_KEY = "names no key; leave it out for a server that is open to all"
 LORA_NAME = re.compile(r"[^\s=,\x00-\x1f\x7f]{1,128}")  # labels and lists hold it as it is
 
 Strings = Annotated[list[str], NoDecode]  # lists from the environment: JSON or comma-separated
@@ -373,6 +381,16 @@ class Settings(BaseSettings):
             return [part for item in value for part in _split(item)]
         return value
 
+    @field_validator("api_key", mode="wrap")
+    @classmethod
+    def has_a_key(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        """``--api-key "$KEY"`` without a KEY must not open the server; an empty variable is no word
+        about keys, as compose files leave one that nobody set."""
+        keys = read(value)
+        if not keys and value not in ("", []):
+            raise ValueError(NO_KEY)
+        return keys
+
     @field_validator("lora_modules", mode="before")
     @classmethod
     def read_lora_modules(cls, value: Any) -> Any:
@@ -521,6 +539,10 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         raise SettingsProblem("\n".join(_explain(problem) for problem in error.errors())) from None
     except (SettingsError, ValueError) as error:
         raise SettingsProblem(str(error).removeprefix("error parsing CLI: ")) from None
+    if not settings.api_key and any(
+        one.partition("=")[0] == "--api-key" for one in arguments or []
+    ):
+        raise SettingsProblem(f"api-key: {NO_KEY}")
     if unknown := unknown_environment(dict(os.environ)):
         raise SettingsProblem(f"unknown setting in the environment: {', '.join(unknown)}")
     return settings

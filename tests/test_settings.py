@@ -48,6 +48,19 @@ def test_lists_come_repeated_comma_separated_or_as_json(monkeypatch: pytest.Monk
     assert read_settings(["--allowed-origins", '["*"]']).allowed_origins == ["*"]
 
 
+@pytest.mark.parametrize("nothing", ["", " ", ",", "[]"])
+def test_a_key_that_is_none_opens_no_server(monkeypatch: pytest.MonkeyPatch, nothing: str) -> None:
+    """As of a script's ``--api-key "$KEY"`` without a KEY."""
+    with pytest.raises(SettingsProblem, match="names no key"):
+        read_settings(["--api-key", nothing])
+    monkeypatch.setenv("PRONK_API_KEY", nothing)
+    if nothing:
+        with pytest.raises(SettingsProblem, match="names no key"):
+            read_settings([])
+    else:
+        assert read_settings([]).api_key == []  # an empty variable is none
+
+
 def test_keys_are_not_printed() -> None:
     assert "hunter2" not in repr(read_settings(["--api-key", "hunter2"]))
 

@@ -176,7 +176,6 @@ class _PromptText:
     def _start(self, output: Output) -> None:
         """What comes once, with a prompt's first output."""
         self._has_started = True
-        self._metrics.prompt_tokens.inc(len(self._prompt.ids))
         if output.prompt_logprobs is not None and self._job.text.echo_logprobs:
             self._logprobs = self._prompt_news(output)
 

@@ -96,7 +96,8 @@ def spending(exchange: Exchange, job: Job) -> Iterator[None]:
     if exchange.limits is None:
         yield
         return
-    reservation = exchange.limits.reserve(tokens_at_most(job))
+    most = tokens_at_most(job)
+    reservation = exchange.limits.reserve(most)
     tally, least = exchange.meter.tally, 0
     try:
         yield
@@ -106,9 +107,12 @@ def spending(exchange: Exchange, job: Job) -> Iterator[None]:
         raise
     finally:
         prompt = job.num_prompt_tokens  # once, though it may have been computed again
-        tally.when_settled(
-            lambda: reservation.settle(max(least, min(tally.num_prompt, prompt)) + tally.num_drawn)
-        )
+
+        def settle() -> None:
+            used = max(least, min(tally.num_prompt, prompt)) + tally.num_drawn
+            reservation.settle(min(used, most))  # an answer begun anew is the server's to pay for
+
+        tally.when_settled(settle)
 
 
 def tokens_at_most(job: Job) -> int:

@@ -190,7 +190,7 @@ async def _ask(
             tries += answer.status_code in FAILED
             if answer.status_code == UNAUTHORIZED:
                 raise BatchProblem("the server does not take the key: see --api-key")
-            if answer.status_code in REFUSED_FOR_NOW:
+            if answer.status_code in REFUSED_FOR_NOW and not _is_final(answer):
                 reason, pause = _refusal(answer)
             elif answer.status_code in FAILED and tries < TRIES:
                 reason, pause = f"the server answers {answer.status_code}", float(tries)
@@ -207,6 +207,12 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def _is_final(answer: httpx.Response) -> bool:
+    """The key's limits never let this request in, however long it waits."""
+    never = answer.headers.get("x-should-retry") == "false"
+    return never and "retry-after" not in answer.headers
+
+
 def _refusal(answer: httpx.Response) -> tuple[str, float]:
     """(why, seconds to wait). Raises ``BatchProblem`` where waiting would not help."""
     try:
@@ -220,6 +226,8 @@ def _refusal(answer: httpx.Response) -> tuple[str, float]:
         pause = max(0.05, float(answer.headers.get("retry-after", "1")))
     except ValueError:  # a date
         pause = 1.0
+    if pause > PATIENCE:  # a quota is spent
+        raise BatchProblem(f"{message} Run it again to go on.")
     return str(message), pause
 
 

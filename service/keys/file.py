@@ -45,7 +45,7 @@ def parse_keys(content: bytes, path: Path) -> tuple[Key, ...]:
         values = tomllib.loads(content.decode())
     except UnicodeDecodeError:
         raise KeysProblem(f"the keys file {path} is not UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise KeysProblem(f"the keys file {path} is not TOML: {error}") from None
     tables = values.pop("keys", {})
     if values:

@@ -62,9 +62,11 @@ class Key(BaseModel):
     @field_validator("models", mode="before")
     @classmethod
     def read_models(cls, value: Any) -> Any:
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
             return frozenset(value)
-        return value
+        if value is None or isinstance(value, frozenset):
+            return value
+        raise ValueError("is a list of one or more names")
 
     @field_validator("expires")
     @classmethod

@@ -72,6 +72,9 @@ class Keyring:
         except KeysProblem as problem:
             self._complain(str(problem))
             return
+        except Exception as error:  # a bug: without further looks no key could be revoked
+            self._complain(f"cannot read the keys file {self.path}: {type(error).__name__}", error)
+            return
         if keys is not None:
             self._install(keys)
             self.num_reloads += 1
@@ -97,12 +100,12 @@ class Keyring:
         for changed in self.on_change:
             changed(self.from_file)
 
-    def _complain(self, problem: str) -> None:
+    def _complain(self, problem: str, bug: Exception | None = None) -> None:
         """Once for each way it is broken, not at every look."""
         self.is_current = False
         if problem != self._problem:
             self._problem = problem
-            logger.error("%s; the keys read before stay in force", problem)
+            logger.error("%s; the keys read before stay in force", problem, exc_info=bug)
 
 
 def _fixed_keys(fixed: Sequence[str], own: str) -> tuple[Key, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +41,11 @@ def report_usage(settings: UsageSettings) -> None:
     within = Range(_moment(settings.since, "since"), _moment(settings.until, "until"), settings.key)
     try:
         _report(settings, _path(settings.ledger), within)
+        sys.stdout.flush()
+    except (
+        BrokenPipeError
+    ):  # as of `| head`: nobody reads on, the interpreter's last flush included
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Unreadable, OSError) as error:
         raise UsageProblem(str(error)) from None
 

@@ -92,7 +92,8 @@ def summarize(path: Path, by: By, within: Range) -> Report:
     with reading(path) as connection:
         labels = LABELS[by]
         rows = connection.execute(*_grouped(by, labels, within)).fetchall()
-        total = connection.execute(*_grouped(by, (), within)).fetchone()
+        sums = connection.execute(*_grouped(by, (), within))
+        total = sums.fetchone() if rows else None
         notes = _notes(connection, by, within)
     return Report(labels, rows, total or (0,) * len(schema.SUMS), notes)
 
@@ -109,8 +110,13 @@ def records(path: Path, within: Range) -> Iterator[Record]:
 
 
 def charged_since(path: Path, key_id: str, since: float, server: str, first: int) -> int:
-    """Tokens of a key, without what ``server`` wrote from its record number ``first`` on."""
-    with reading(path) as connection:
+    """Tokens of a key, without what ``server`` wrote from its record number ``first`` on.
+
+    For a process that has the ledger open: the file is not identified again. Closing a file gives
+    up every lock the process has on it, SQLite's too; then whoever else closes the ledger would
+    take himself for the last and remove the journal that this process goes on writing to.
+    """
+    with _connected(path) as connection:
         [recent] = connection.execute(
             f"SELECT coalesce(sum({CHARGED}), 0) FROM records WHERE key_id = ? AND time >= ?"
             " AND NOT (server = ? AND sequence >= ?)",
@@ -125,21 +131,32 @@ def charged_since(path: Path, key_id: str, since: float, server: str, first: int
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """One view of the file, whatever is written meanwhile. Raises ``Unreadable``."""
+    """One view of the file, whatever is written meanwhile. Raises ``Unreadable``.
+
+    Not for a process that writes to it: see ``charged_since``.
+    """
     try:
         if schema.identify(path) == "new":
             raise Unreadable(f"there is no usage ledger at {path}")
+    except (schema.NotALedger, schema.Damaged) as error:
+        raise Unreadable(f"{path} cannot be read as a usage ledger: {error}") from None
+    except OSError as error:
+        raise Unreadable(f"cannot read the usage ledger {path}: {error.strerror}") from None
+    with _connected(path) as connection:
+        yield connection
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with closing(
             sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         ) as connection:
             connection.execute("BEGIN")
             yield connection
-    except (schema.NotALedger, schema.Damaged) as error:
-        raise Unreadable(f"{path} cannot be read as a usage ledger: {error}") from None
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise Unreadable(f"cannot read the usage ledger {path}: {reason}") from None
+    except sqlite3.Error as error:
+        raise Unreadable(f"cannot read the usage ledger {path}: {error}") from None
 
 
 def _grouped(by: By, labels: tuple[str, ...], within: Range) -> tuple[str, list[object]]:

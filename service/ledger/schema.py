@@ -53,7 +53,8 @@ Kind = Literal["new", "ledger"]
 def identify(path: Path) -> Kind:
     """By its header, read as bytes: SQLite itself would write to what it opens.
 
-    Raises ``NotALedger`` or ``Damaged``.
+    Not where this process has it open: closing it gives up SQLite's locks. Raises ``NotALedger`` or
+    ``Damaged``.
     """
     try:
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.errors import EngineFailure, Overloaded
+from service.engine.messages import Output
+from service.errors import EngineFailure, EngineLost, Overloaded
 from service.keys.key import hash_of
 from service.keys.limits import Clocks, KeyLimits
 from tests.api.conftest import Reader, scope_of, until
-from tests.api.fakes import FakeEngine, say
+from tests.api.fakes import FakeEngine, FakeGeneration, say
 from tests.api.test_key_rights import ASKED, rejections
 
 LIMITS = """
@@ -310,6 +312,23 @@ async def test_what_the_server_fails_on_costs_what_came_of_it(
     engine.fail_after = 2
     await it.post(stream=is_streamed, max_tokens=100)
     assert 1000 - it.left() == PROMPT + 2
+
+
+async def test_an_answer_that_a_second_engine_begins_anew_costs_no_more_than_was_held(
+    it: Fixture, engine: FakeEngine
+) -> None:
+    class DiesOnce(FakeGeneration):
+        async def __anext__(self) -> Output:
+            if self.number == 0 and self.given == 80:
+                raise EngineLost("it died")
+            return await super().__anext__()
+
+    engine.script = lambda prompt, settings: [65] * 400
+    engine.generation = functools.partial(DiesOnce, engine)  # type: ignore[method-assign]
+    answer = await it.post(max_tokens=100)
+    assert len(engine.submitted) == 2
+    assert answer.json()["usage"]["total_tokens"] == PROMPT + 100
+    assert 5000 - it.left("tokens-day") == PROMPT + 100
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), EngineFailure("gone")])

@@ -217,6 +217,19 @@ async def test_other_models_than_the_keys_are_refused_on_every_route(
         assert answered.status_code != 403, answered.text
 
 
+async def test_a_name_that_is_not_served_tells_a_bound_key_of_no_other(
+    make_app: Callable[..., FastAPI], file: Path
+) -> None:
+    entry = f'[keys.bound]\nsha256 = "{hash_of("bound-key")}"\nmodels = ["nowhere", "tiny"]\n'
+    write(file, FILE + "\n" + entry)
+    async with talking_to(make_app(api_keys_file=file)) as client:
+        for name, served in (("bound", "tiny"), ("user", "org/alias, tiny")):
+            body = {"prompt": "Hi", "model": "nowhere"}
+            refused = await client.post("/v1/completions", json=body, headers=bearer(name))
+            assert refused.status_code == 404
+            assert refused.json()["error"]["message"].endswith(f"served: {served}")
+
+
 async def test_the_list_shows_what_the_key_may_use(client: httpx.AsyncClient) -> None:
     for name, models in (
         ("lora", ["lora"]),

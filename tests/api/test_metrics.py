@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.engine.messages import Outputs, State
+from service.engine.messages import Output, Outputs, State
 from service.errors import Overloaded
 from service.metrics import token_buckets
 from tests.api.conftest import Reader, scope_of, talking_to, until
@@ -128,7 +128,8 @@ async def test_the_engines_state_is_read_when_scraped(
 async def test_a_request_leaves_its_marks(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post(URL, json={"prompt": "Hi", "n": 2})
     for observer in engine.observers:
-        observer(Outputs(step=1, num_scheduled_tokens=7, step_time=0.1, outputs=[]))
+        first = Output(1, choice=0, tokens=[], prompt_tokens=3)
+        observer(Outputs(step=1, num_scheduled_tokens=7, step_time=0.1, outputs=[first]))
     samples = await scrape(client)
     assert value(samples, "vllm:prompt_tokens_total") == 3
     assert value(samples, "vllm:request_success_total", finished_reason="stop") == 2

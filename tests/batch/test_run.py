@@ -22,7 +22,7 @@ from service.api.app import create_app
 from service.batch import run
 from service.batch.problem import BatchProblem
 from service.batch.run import BatchSettings, Summary, run_batch
-from service.errors import EngineFailure, Overloaded
+from service.errors import EngineFailure, LimitReached, Overloaded, QuotaSpent
 from service.registry import ModelRegistry
 from service.settings import Settings
 from tests.api.fakes import FakeEngine, served
@@ -126,6 +126,26 @@ def test_a_full_queue_is_waited_for(tmp_path: Path, url: str, engine: FakeEngine
     engine.refusals = {number: Overloaded("full", retry_after=0.1) for number in range(4)}
     write_input(tmp_path / "in", [*map(line, range(6))])
     assert batch(tmp_path, url).num_answered == 6
+
+
+def test_what_a_key_s_limits_never_let_in_is_a_failed_line(
+    tmp_path: Path, url: str, engine: FakeEngine
+) -> None:
+    engine.refusals = {0: LimitReached("more than a minute has", limit="tokens")}
+    write_input(tmp_path / "in", [line(1), line(2)])
+    summary = batch(tmp_path, url, concurrency=1)
+    assert (summary.num_answered, summary.num_refused) == (1, 1)
+    assert [record["response"]["status_code"] for record in records(tmp_path / "out")] == [429, 200]
+
+
+def test_a_spent_quota_ends_the_run_at_once_and_uses_no_line_up(
+    tmp_path: Path, url: str, engine: FakeEngine
+) -> None:
+    engine.refusals = {0: QuotaSpent("Spent.", limit="tokens-day", retry_after=40_000)}
+    write_input(tmp_path / "in", [line(1)])
+    with pytest.raises(BatchProblem, match=r"Spent\. Run it again"):
+        batch(tmp_path, url)
+    assert records(tmp_path / "out") == []
 
 
 def test_an_engine_that_fails_on_a_line_is_asked_three_times(

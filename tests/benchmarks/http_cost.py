@@ -39,7 +39,7 @@ from service.connections import Connections
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
 from service.registry import ModelRegistry, ServedModel
-from service.serve import describe
+from service.serve import describe, freeze
 from service.settings import Settings
 from tests.running import free_port
 
@@ -91,6 +91,7 @@ async def serve(port: int) -> None:
         access_log=False,
     )
     await engine.start()
+    freeze()
     server = HttpServer(config, Connections())
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, setattr, server, "should_exit", True)

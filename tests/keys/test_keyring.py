@@ -130,6 +130,18 @@ async def test_a_broken_file_keeps_the_old_keys_and_is_told_of_once(
     assert keyring.is_current
 
 
+async def test_a_bug_in_reading_ends_no_watch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or no key could be revoked until the next start."""
+    keyring = Keyring([], path)
+    with monkeypatch.context() as broken:
+        broken.setattr("service.keys.keyring.parse_keys", lambda *_: 1 // 0)
+        write(path, entry("bob", "bobs"))
+        await keyring.reload()
+        assert not keyring.is_current
+    await keyring.reload()
+    assert (name_of(keyring, "bobs"), name_of(keyring, "alices")) == ("bob", None)
+
+
 async def test_the_watch_sees_files_that_are_rewritten_and_replaced(path: Path) -> None:
     keyring = Keyring([], path)
     watch = asyncio.create_task(keyring.watch(0.01))

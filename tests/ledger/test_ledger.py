@@ -267,3 +267,20 @@ def test_processes_that_share_a_file_lose_nothing(tmp_path: Path) -> None:
     found = select(path, "SELECT count(*), count(DISTINCT sequence) FROM records GROUP BY server")
     assert found == [(200, 200)] * 3
     assert not [file for file in tmp_path.iterdir() if "damaged" in file.name]
+
+
+def test_a_server_that_asked_the_file_of_a_key_keeps_its_records_when_another_one_ends(
+    tmp_path: Path,
+) -> None:
+    """SQLite's locks are the process's: whoever gives them up loses the journal it writes to."""
+    path = tmp_path / "u.db"
+    with kept(path) as ledger:
+        ledger.add(sample(1))
+        wait(lambda: ledger.num_unwritten == 0)
+        ledger.tokens_since("k1", 0)
+        with writer(path, 0.005, 10) as other:
+            other.communicate(timeout=60)
+        ledger.add(sample(2))
+        wait(lambda: ledger.num_unwritten == 0)
+        found = "SELECT sequence FROM records WHERE server = ?"
+        assert select(path, found.replace("?", repr(ledger.server))) == [(1,), (2,)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -143,6 +146,19 @@ def test_the_table_shows_names_and_the_total(ledger: Path) -> None:
     last = [line for line in shown.splitlines() if "all" in line][-1]
     assert "12" in last
     assert "120" in last, "prompt tokens"
+
+
+def test_a_key_without_records_used_nothing(ledger: Path) -> None:
+    assert "-" not in usage("--ledger", str(ledger), "--key", "nobody").splitlines()[-2]
+
+
+def test_whoever_reads_only_the_beginning_sees_no_error(ledger: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "usage", "--ledger", str(ledger), "--csv", "-"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as gone:
+        ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_csv_goes_to_a_file(ledger: Path, tmp_path: Path) -> None:
