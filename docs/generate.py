@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/wire.md from the code: ``python -m docs.generate``."""
+"""Writes settings.md, wire.md and metrics.md from the code: ``python -m docs.generate``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import service.errors
 from docs import fields
+from docs.metrics import metrics_page
 from service.api.anthropic_errors import anthropic_envelope, anthropic_status
 from service.api.app import ROUTED
 from service.api.authentication import PUBLIC_PATHS
@@ -273,7 +274,7 @@ def row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
-PAGES = {"settings.md": settings_page, "wire.md": wire_page}
+PAGES = {"settings.md": settings_page, "wire.md": wire_page, "metrics.md": metrics_page}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command ``pronk``: serve, keys, batch, chat, quantize, eval, bench, usage, doctor, version.
+"""The command ``pronk``: serve, keys, usage, top, batch, chat, quantize, eval, bench, doctor.
 
 Torch is imported only inside a command.
 """
@@ -251,6 +251,31 @@ def usage(
         report_usage(UsageSettings(ledger, since, until, key, by.value, csv, json))
     except UsageProblem as problem:
         fail(str(problem))
+
+
+@app.command()
+def top(
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URL]...", help="Servers; default: http://127.0.0.1:8000"),
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="PRONK_API_KEY", help="An admin key", show_default=False)
+    ] = "",
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look for one interval, print, end")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a look")] = False,
+) -> None:
+    """Watch running servers: load, KV cache, tokens a second, latencies, keys. Ctrl-C ends."""
+    from service.top.scrape import TopProblem
+    from service.top.watch import TopSettings, watch
+
+    try:
+        watch(TopSettings(urls or ["http://127.0.0.1:8000"], api_key, interval, once, json))
+    except TopProblem as problem:
+        fail(str(problem))
+    except KeyboardInterrupt:
+        raise typer.Exit from None
 
 
 @app.command()

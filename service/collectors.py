@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.datastructures import State as AppState
 
 from service.connections import REASONS, Connections
 from service.engine.messages import State
@@ -216,6 +217,19 @@ class LedgerState(Collector):
         yield GaugeMetricFamily(
             OWN + "ledger_writable", "0 while its file refuses", value=ledger.trouble is None
         )
+
+
+class DrainState(Collector):
+    def __init__(self, flags: AppState) -> None:
+        self.flags = flags
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        draining = GaugeMetricFamily(OWN + "draining", "1 once the server was told to end")
+        draining.add_metric([], bool(self.flags.draining))
+        yield draining
 
 
 class TraceState(Collector):

@@ -24,10 +24,11 @@ def logging_about(request_id: str, trace_id: str = "") -> Iterator[None]:
 
 
 class AboutRequest(logging.Filter):
-    """Adds the ids to records that do not name a request themselves."""
+    """Adds the ids to records that do not name another request themselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         ids = _about.get()
-        if ids is not None and not hasattr(record, "request_id"):
-            vars(record).update(ids)
+        known = vars(record)
+        if ids is not None and known.get("request_id", ids["request_id"]) == ids["request_id"]:
+            known |= ids
         return True

@@ -17,6 +17,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from starlette.datastructures import State as AppState
 
 from service.api.exchange import Exchange, Outcome
 from service.collectors import (
@@ -24,6 +25,7 @@ from service.collectors import (
     OWN,
     VLLM,
     ConnectionStates,
+    DrainState,
     EngineStates,
     LedgerState,
     OwnStates,
@@ -99,6 +101,9 @@ class Metrics:
         """Of the listener in front, where there is one."""
         self.registry.register(ConnectionStates(book))
 
+    def watch_drain(self, flags: AppState) -> None:
+        self.registry.register(DrainState(flags))
+
     def watch_traces(self, deliveries: Deliveries) -> None:
         self.registry.register(TraceState(deliveries))
 
@@ -147,7 +152,7 @@ class HttpMetrics:
         )
         self.outcomes = {
             outcome: Counter(
-                f"{OWN}requests_{outcome}", f"Requests for tokens that {outcome}", registry=registry
+                f"{OWN}requests_{outcome}", f"Requests for tokens: {outcome}", registry=registry
             )
             for outcome in OUTCOMES
         }
@@ -163,24 +168,59 @@ class Families:
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.success = self._counter("request_success", "Sequences ended", "finished_reason")
         self.rejections = self._counter("admission_rejections", "Requests refused", "reason")
-        self.first_token = self._histogram("time_to_first_token_seconds", FIRST_TOKEN)
-        self.inter_token = self._histogram("inter_token_latency_seconds", PER_TOKEN)
-        self.per_token = self._histogram("request_time_per_output_token_seconds", PER_TOKEN)
-        self.per_token_old = self._histogram("time_per_output_token_seconds", PER_TOKEN)
-        self.whole = self._histogram("e2e_request_latency_seconds", WHOLE)
-        self.queue = self._histogram("request_queue_time_seconds", WHOLE)
-        self.inference = self._histogram("request_inference_time_seconds", WHOLE)
-        self.prefill = self._histogram("request_prefill_time_seconds", WHOLE)
-        self.decode = self._histogram("request_decode_time_seconds", WHOLE)
-        self.prompt_length = self._histogram("request_prompt_tokens", tokens)
-        self.answer_length = self._histogram("request_generation_tokens", tokens)
-        self.step_tokens = self._histogram("iteration_tokens_total", STEP_TOKENS)
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token, by choice",
+            FIRST_TOKEN,
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Seconds between two tokens of a choice", PER_TOKEN
+        )
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean seconds a token of a choice, the first left out",
+            PER_TOKEN,
+        )
+        self.per_token_old = self._histogram(
+            "time_per_output_token_seconds",
+            "The older name of request_time_per_output_token_seconds",
+            PER_TOKEN,
+        )
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds",
+            "Seconds from a request's arrival to a choice's end",
+            WHOLE,
+        )
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "Seconds a prompt waited for its first step", WHOLE
+        )
+        self.inference = self._histogram(
+            "request_inference_time_seconds",
+            "Seconds from a prompt's first step to a choice's last token",
+            WHOLE,
+        )
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "Seconds from a prompt's first step to its first token",
+            WHOLE,
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds", "Seconds from a choice's first token to its last", WHOLE
+        )
+        self.prompt_length = self._histogram(
+            "request_prompt_tokens", "Tokens of the prompt, by choice", tokens
+        )
+        self.answer_length = self._histogram(
+            "request_generation_tokens", "Tokens generated, by choice", tokens
+        )
+        self.step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed in one step", STEP_TOKENS
+        )
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(VLLM + name, about, [*LABELS, *labels], registry=self._registry)
 
-    def _histogram(self, name: str, buckets: list[float] | list[int]) -> Histogram:
-        about = name.replace("_", " ")
+    def _histogram(self, name: str, about: str, buckets: list[float] | list[int]) -> Histogram:
         return Histogram(VLLM + name, about, LABELS, buckets=buckets, registry=self._registry)
 
 

@@ -41,6 +41,7 @@ TOOL = {
 }
 SMALL = ["--no-sample", "--threads", "1", "--num-kv-blocks", "24", "--block-size", "64"]
 WEIRD = ["--allow-request-chat-template", "--max-model-len", "1024", "--metrics-public"]
+WEIRD += ["--access-log"]
 
 
 @dataclass

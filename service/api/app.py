@@ -99,6 +99,7 @@ def create_app(
     server = Server(
         settings, registry, metrics, app.state, keyring, limits, key_metrics, gate, ledger
     )
+    metrics.watch_drain(app.state)
     for part in ROUTED:
         app.include_router(part.router)
     app.add_exception_handler(PronkError, _refuse)

@@ -89,7 +89,7 @@ class Edge:
         except ClientDisconnect:
             exchange.outcome = "cancelled"  # it hung up while it sent its body
         except Exception:
-            logger.exception("the request failed")
+            logger.exception("the request failed", extra={"request_id": exchange.request_id})
             if exchange.status is not None:
                 exchange.outcome = "failed"
                 raise

@@ -199,7 +199,8 @@ class AnswerResponse(Response):
         """What ends a stream that cannot go on; the status has been sent already."""
         self.exchange.outcome = "failed"
         if not isinstance(error, PronkError):
-            logger.error("the request failed", exc_info=error)
+            about = {"request_id": self.exchange.request_id}
+            logger.error("the request failed", exc_info=error, extra=about)
             error = internal_error()
         self.exchange.meter.code = error.code or ""
         return self._frames(self.framing.failure(error))

@@ -41,6 +41,7 @@ from service.engine.tally import Tally
 
 logger = logging.getLogger("pronk.engine")
 
+LOGGED_IDS = 32  # requests named in a line about all of them
 Observer = Callable[[Outputs | State], None]
 NEVER_READY = ("failed", "stopped")
 BEFORE_READY = {"starting", "loading", "warming_up"}
@@ -391,6 +392,11 @@ class EngineClient:
         orphans = [attempt for attempt in self._attempts.values() if attempt.is_in_engine]
         orphans = [attempt for attempt in orphans if not attempt.generation.is_finished]
         suspects = [attempt for attempt in orphans if attempt.number in at_hand]
+        if suspects and not self._is_stopping:
+            about = {
+                "request_ids": [attempt.submit.request_id for attempt in suspects][:LOGGED_IDS]
+            }
+            logger.warning("the engine had %d requests at hand", len(suspects), extra=about)
         are_suspects = not self._is_stopping and self._quarantine.note_death(
             (attempt.submit, attempt.generation.num_tokens) for attempt in suspects
         )

@@ -65,7 +65,7 @@ class GrammarDesk:
         if future is None:
             if len(self._waiting) >= MOST_WAITING:
                 raise _busy()
-            future = self._threads.submit(self._compile, submit.grammar)
+            future = self._threads.submit(self._compile, submit.grammar, submit.request_id)
             self._known[submit.grammar] = future
             self._forget_oldest()
         else:
@@ -109,7 +109,7 @@ class GrammarDesk:
             if self._known[text].done():
                 del self._known[text]
 
-    def _compile(self, text: str) -> Known:
+    def _compile(self, text: str, request_id: str) -> Known:
         try:
             vocabulary = self._vocabulary.result()
         except Exception as error:
@@ -122,7 +122,12 @@ class GrammarDesk:
         except Exception as error:
             if self._is_closed:
                 return EngineFailure("The engine is stopped.")
-            logger.error("a grammar was not compiled: %s", type(error).__name__, exc_info=error)
+            logger.error(
+                "a grammar was not compiled: %s",
+                type(error).__name__,
+                exc_info=error,
+                extra={"request_id": request_id},
+            )
             return EngineFailure("The engine failed to compile the grammar: send it again.")
 
     def _trial(self) -> GrammarTrial:

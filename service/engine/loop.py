@@ -42,6 +42,7 @@ IDLE_WAIT = 1.0  # seconds: the heartbeat's
 READING_WAIT = 0.02  # while an adapter is read in another thread
 COMPILING_WAIT = 0.002  # while a grammar is compiled in another one
 ASKED_TO_STOP = 0  # exit code
+LOGGED_IDS = 32  # requests named in a line about a step
 MAX_FAILURES = 3  # steps in a row that raise; then a fresh process is the better hope
 MAX_SHRINKINGS = 32  # the same of steps for which memory did not do
 STEP_FAILED = "the engine failed on this request: send it again"
@@ -328,7 +329,10 @@ class EngineLoop(Generic[Launched]):
         Then nobody is told: the process that started this one answers for it, and tries again.
         """
         step, ahead = flight.step, self._flight
-        logger.error("step %d failed: %s", step.number, type(error).__name__, exc_info=error)
+        about = {"request_ids": _request_ids(step)}
+        logger.error(
+            "step %d failed: %s", step.number, type(error).__name__, exc_info=error, extra=about
+        )
         lacks_memory = self._runner.lacks_memory(error)
         self._num_failed_steps += 1
         self._num_shrinkings += lacks_memory
@@ -430,3 +434,9 @@ def as_refused(number: int, error: PronkError) -> Refused:
     return Refused(
         number, type(error).__name__, error.message, error.code, error.param, error.retry_after
     )
+
+
+def _request_ids(step: Step) -> list[str]:
+    """Whose step it was, for log lines: each once, the first ``LOGGED_IDS``."""
+    ids = dict.fromkeys(row.sequence.request.submit.request_id for row in step.rows)
+    return [one for one in ids if one][:LOGGED_IDS]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from service.engine.flight_recorder import FlightRecorder
 from service.engine.messages import SamplingSettings, Submit
@@ -53,6 +54,17 @@ def test_only_the_row_that_makes_a_step_raise_pays_for_it(tmp_path: Path) -> Non
         assert state.free_blocks == NUM_BLOCKS - 1
         assert state.counters["failed_steps"] == 2  # all together, and it alone
         assert engine.runner.num_abandoned >= 2
+
+
+def test_a_failed_step_is_logged_with_the_requests_it_was_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path) as engine:
+        caller = engine.call()
+        caller.say(replace(ask(0, first=POISON), request_id="the-bad-one"))
+        endings(caller, range(1))
+    told = [record.__dict__.get("request_ids") for record in caplog.records]
+    assert ["the-bad-one"] in told
 
 
 def test_suspects_of_a_step_are_computed_one_at_a_time(tmp_path: Path) -> None:
