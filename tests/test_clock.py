@@ -29,6 +29,8 @@ TIMESTAMPS = {  # where the wall clock is read, and what for
     "service/keys/keyring.py": "whether a key has expired, which is a date",
     "service/keys/limits.py": "the day and month that a quota is for",
     "service/api/rate_limits.py": "when a limit that stands in headers is over, as a date",
+    "service/api/exchange.py": "when a request came, as traces tell it",
+    "service/top/watch.py": "the time above a view",
     "service/api/recorder.py": "when a request ended",
     "service/ledger/cli.py": "since when to report",
     "service/ledger/report.py": "the day of a record",
