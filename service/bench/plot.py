@@ -24,7 +24,7 @@ def check(path: Path) -> None:
         import matplotlib  # noqa: F401 (only whether it is there)
     except ImportError:
         raise BenchProblem(
-            "--plot needs matplotlib: pip install 'pronk[bench]' or pip install matplotlib"
+            "--plot needs matplotlib: pip install '.[bench]' or pip install matplotlib"
         ) from None
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("pronk.traces")
 
 FLUSH = 3.0  # seconds the last spans get to leave when the server ends
 STANDARD_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-MISSING = "traces need the extra otel: pip install 'pronk[otel]'"
+MISSING = "traces need the extra otel: pip install '.[otel]'"
 
 
 class TracingProblem(RuntimeError):

@@ -235,7 +235,7 @@ def test_a_missing_matplotlib_is_said_before_the_run(
 
     monkeypatch.setattr(builtins, "__import__", without)
     result = bench("http://127.0.0.1:1", "--plot", str(tmp_path / "x.png"))
-    assert "pip install 'pronk[bench]'" in result.stderr
+    assert "pip install '.[bench]'" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.svg"])

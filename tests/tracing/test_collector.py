@@ -175,7 +175,7 @@ WITHOUT = f"import sys; sys.modules['opentelemetry.sdk'] = None; {START}"
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("http://127.0.0.1:4318", "traces need the extra otel: pip install 'pronk[otel]'"),
+        ("http://127.0.0.1:4318", "traces need the extra otel: pip install '.[otel]'"),
         ("collector:4318", "must be an http or https URL"),
     ],
 )
