@@ -9,9 +9,9 @@ from prometheus_client import Metric
 
 from service.api.app import create_app
 from service.collectors import OWN, VLLM, LedgerState
-from service.connections import Connections
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
+from service.http.connections import Connections
 from service.registry import ModelRegistry, ServedModel
 from service.settings import Settings
 from service.tracing.exporting import Deliveries

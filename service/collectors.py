@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.datastructures import State as AppState
 
-from service.connections import REASONS, Connections
 from service.engine.messages import State
+from service.http.connections import REASONS, Connections
 from service.registry import ModelRegistry
 
 if TYPE_CHECKING:

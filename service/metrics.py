@@ -32,8 +32,8 @@ from service.collectors import (
     TraceState,
     Twice,
 )
-from service.connections import Connections
 from service.engine.messages import Output, Outputs, State
+from service.http.connections import Connections
 from service.ledger.ledger import Ledger
 from service.ledger.record import Record
 from service.registry import Engine, ModelRegistry, ServedModel

@@ -12,10 +12,11 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service import __version__, listener
+from service import __version__
 from service.engine.client import EngineClient
 from service.engine.cores import CorePlan
 from service.engine.messages import State
+from service.http import listener
 from service.registry import ServedModel
 from service.settings import Settings
 

@@ -22,10 +22,8 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from service import listener, presentation
-from service.acceptor import HttpServer
+from service import presentation
 from service.api.app import create_app
-from service.connections import Connections, Patience, TooFewDescriptors, connection_limit
 from service.crashes import forbid_core_dumps, log_loop_failure, log_uncaught
 from service.engine.client import EngineClient
 from service.engine.cores import CorePlan, hold, plan_cores, weights_bytes
@@ -33,6 +31,9 @@ from service.engine.messages import State
 from service.engine.options import EngineOptions
 from service.engine.supervisor import Patience as EnginePatience
 from service.errors import EngineFailure
+from service.http import listener
+from service.http.acceptor import HttpServer
+from service.http.connections import Connections, Patience, TooFewDescriptors, connection_limit
 from service.keys.file import KeysProblem
 from service.ledger.ledger import Ledger
 from service.ledger.location import LedgerProblem, kept

@@ -11,8 +11,8 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from service.acceptor import HttpServer
-from service.connections import Connections, Patience
+from service.http.acceptor import HttpServer
+from service.http.connections import Connections, Patience
 
 IMPATIENT = Patience(head=0.5, write=0.5, linger=0.5)
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.api.app import create_app
-from service.connections import Connections
+from service.http.connections import Connections
 from service.registry import ModelRegistry
 from service.settings import Settings
 from tests.api.fakes import FakeEngine, served

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from service.acceptor import UNSENT
 from service.api.app import create_app
-from service.connections import Connections, Patience
+from service.http.acceptor import UNSENT
+from service.http.connections import Connections, Patience
 from service.registry import ModelRegistry
 from service.settings import Settings
 from tests.api.fakes import FakeEngine, served

@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from model.bundled import bundled_model_path
-from service import listener
-from service.acceptor import HttpServer
 from service.api.app import create_app
 from service.bench.client import Target, fetch, stream
-from service.connections import Connections
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
+from service.http import listener
+from service.http.acceptor import HttpServer
+from service.http.connections import Connections
 from service.registry import ModelRegistry, ServedModel
 from service.serve import describe, freeze
 from service.settings import Settings

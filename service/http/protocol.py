@@ -21,8 +21,8 @@ from uvicorn.server import ServerState
 
 from service.api.errors import envelope
 from service.api.exchange import OVER_LIMIT
-from service.connections import Connections
-from service.heads import StrictConnection
+from service.http.connections import Connections
+from service.http.heads import StrictConnection
 
 LINGER_BYTES = 64 << 20  # of a refused body, read and dropped: many clients send all, then read
 REFUSED = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import h11
 import pytest
 
-from service.heads import MAX_FIELDS, MAX_HEAD_BYTES, NUM_FREE_CHUNKS, StrictConnection
+from service.http.heads import MAX_FIELDS, MAX_HEAD_BYTES, NUM_FREE_CHUNKS, StrictConnection
 
 HOST = b"Host: x\r\n"
 POST = b"POST / HTTP/1.1\r\n" + HOST

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from service.connections import Connections
-from service.protocol import HttpProtocol
+from service.http.connections import Connections
+from service.http.protocol import HttpProtocol
 
 logger = logging.getLogger("pronk.http")
 

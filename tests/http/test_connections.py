@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.connections import RESERVED, SPARE, Connections, Patience
+from service.http.connections import RESERVED, SPARE, Connections, Patience
 from tests.running import ROOT
 
 
@@ -119,7 +119,7 @@ def test_one_that_waits_with_its_last_answer_unread_is_still_watched() -> None:
 
 LIMITS = """
 import resource, sys
-from service.connections import TooFewDescriptors, connection_limit
+from service.http.connections import TooFewDescriptors, connection_limit
 try:
     found = connection_limit(eval(sys.argv[1]))
 except TooFewDescriptors as error:
