@@ -310,6 +310,8 @@ class Server(Backend):
             loop.add_signal_handler(number, self._on_signal, number)
         self.engine.observers.append(self._on_engine)
         logger.info("listening on %s", listener.address(self.settings, self.socket))
+        if self.app.state.server.keyring.is_open and not listener.is_local(self.socket):
+            logger.warning("without keys whoever reaches it may use all of it: --api-keys-file")
         self._spawn(self._bring_up())
         self._spawn(self.app.state.server.keyring.watch())
         try:

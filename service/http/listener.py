@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket as sockets
 import stat
 
@@ -64,6 +65,13 @@ def _explain(error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "not permitted; ports below 1024 need rights, choose a higher --port"
     return error.strerror or str(error)
+
+
+def is_local(bound: Socket) -> bool:
+    """Whether only this machine reaches it."""
+    if bound.family == sockets.AF_UNIX:
+        return True
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def address(settings: Settings, bound: Socket) -> str:
