@@ -40,7 +40,8 @@ def serve(context: typer.Context) -> None:
         settings = read_settings(context.args)
     except SettingsProblem as problem:
         fail(f"{problem}\nAll settings: pronk serve --help", code=2)
-    from service.serve import ServeProblem, serve_until_stopped
+    from service.backend import ServeProblem
+    from service.serve import serve_until_stopped
 
     try:
         code = serve_until_stopped(settings)

@@ -128,7 +128,7 @@ def print_table(rows: list[Measured]) -> None:
 
 def _path(model: str | None) -> Path:
     from model.checkpoint import hub
-    from service.serve import ServeProblem, find_model
+    from service.backend import ServeProblem, find_model
 
     try:
         source = find_model(model)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import httpx
 
+from service.backend import Backend, ServeProblem, find_model, usage_ledger
 from service.batch.problem import BatchProblem
 from service.ledger.location import LedgerProblem
-from service.serve import Backend, ServeProblem, find_model, usage_ledger
 from service.settings import Settings
 
 DEFAULT_CONCURRENCY = 64  # of a server, whose engine's width is not known

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 from rich.console import Console
 
+from service.backend import ServeProblem, Source, core_plan, engine_options, find_model
 from service.bench import report
 from service.bench.problem import BenchProblem
 from service.bench.rates import Rates, describe
@@ -28,7 +29,6 @@ from service.engine.options import EngineOptions
 from service.engine.process import BRIEF_SPIN
 from service.engine.worker import make_scheduler
 from service.errors import PronkError
-from service.serve import ServeProblem, Source, core_plan, engine_options, find_model
 from service.settings import Settings
 
 if TYPE_CHECKING:

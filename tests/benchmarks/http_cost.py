@@ -32,6 +32,7 @@ from rich.table import Table
 
 from model.bundled import bundled_model_path
 from service.api.app import create_app
+from service.backend import describe
 from service.bench.client import Target, fetch, stream
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
@@ -39,7 +40,7 @@ from service.http import listener
 from service.http.acceptor import HttpServer
 from service.http.connections import Connections
 from service.registry import ModelRegistry, ServedModel
-from service.serve import describe, freeze
+from service.serve import freeze
 from service.settings import Settings
 from tests.running import free_port
 
