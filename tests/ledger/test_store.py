@@ -7,6 +7,7 @@ import stat
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from service.ledger import schema
 from service.ledger.record import Record
 from service.ledger.report import Range, summarize
 from service.ledger.schema import NotALedger
-from service.ledger.store import Store
+from service.ledger.store import ROWS_AT_ONCE, Store
 from tests.ledger.samples import DAY, NOON, numbers, sample, select
 
 
@@ -205,3 +206,15 @@ def test_two_servers_share_a_file(tmp_path: Path) -> None:
             other.append("other", [(number, sample(number))])
     found = select(path, "SELECT server, count(*), max(sequence) FROM records GROUP BY server")
     assert found == [("one", 20, 20), ("other", 20, 20)]
+
+
+def test_batches_of_every_size_leave_no_memory_behind(tmp_path: Path) -> None:
+    """Each size is a statement of its own, and a compiled one of 200 rows takes a megabyte."""
+    process = psutil.Process()
+    with closing(Store(tmp_path / "usage.db")) as store:
+        store.append("s", [(number, sample(number)) for number in range(ROWS_AT_ONCE)])
+        before = process.memory_info().rss
+        for size in range(ROWS_AT_ONCE, 0, -2):
+            first = size * ROWS_AT_ONCE
+            store.append("s", [(number, sample(number)) for number in range(first, first + size)])
+        assert process.memory_info().rss - before < 16 << 20
