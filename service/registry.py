@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from service import __version__
 from service.engine.messages import Output, Outputs, SamplingSettings, State, Submit
+from service.engine.refusals import unavailable
 from service.engine.tally import Tally
 from service.errors import ModelNotAllowed, ModelNotFound, Unavailable
 
@@ -27,18 +28,6 @@ Allowed = frozenset[str] | None  # names a caller may use; None: all
 
 MOST_NAMED = 20  # models a refusal lists
 DRAIN_RETRY = 5.0  # seconds: another replica should answer; this one will be gone
-LOADING = ("loading", "The model is still loading; try again shortly.")
-RESTARTING = ("engine_restarting", "The engine is being restarted; try again shortly.")
-REFUSALS = {
-    "starting": LOADING,
-    "loading": LOADING,
-    "warming_up": LOADING,
-    "restarting": RESTARTING,
-    "stalled": RESTARTING,
-    "draining": ("draining", "This server is shutting down; try another replica."),
-    "failed": ("engine_failed", "The engine could not be started."),
-    "stopped": ("engine_failed", "The engine is stopped."),
-}
 
 
 class Generation(Protocol):
@@ -179,10 +168,9 @@ class ServedModel:
     def unavailable(self) -> Unavailable:
         """Why no engine can take work now, as clients are told."""
         stage = self.engines[0].state.stage
-        if self.tokenizer is None and stage not in REFUSALS:
+        if self.tokenizer is None and stage == "ready":
             stage = "loading"
-        code, message = REFUSALS.get(stage, REFUSALS["loading"])
-        return Unavailable(message, code=code, retry_after=self.engines[0].retry_after())
+        return unavailable(stage, self.engines[0].retry_after())
 
 
 def draining() -> Unavailable:

@@ -6,14 +6,14 @@ from service import errors
 from service.engine.messages import Refused
 
 UNAVAILABLE = {  # by stage: code, message
-    "starting": ("loading", "the model is being loaded: try again later"),
-    "loading": ("loading", "the model is being loaded: try again later"),
-    "warming_up": ("loading", "the model is being warmed up: try again later"),
-    "restarting": ("engine_restarting", "the engine is being restarted: try again later"),
-    "stalled": ("engine_restarting", "the engine makes no progress: try again later"),
-    "draining": ("draining", "the server is shutting down: try again, if possible elsewhere"),
-    "failed": ("engine_failed", "the engine could not be started"),
-    "stopped": ("engine_failed", "the engine is stopped"),
+    "starting": ("loading", "The model is still loading; try again shortly."),
+    "loading": ("loading", "The model is still loading; try again shortly."),
+    "warming_up": ("loading", "The model is being warmed up; try again shortly."),
+    "restarting": ("engine_restarting", "The engine is being restarted; try again shortly."),
+    "stalled": ("engine_restarting", "The engine makes no progress; try again shortly."),
+    "draining": ("draining", "This server is shutting down; try another replica."),
+    "failed": ("engine_failed", "The engine could not be started."),
+    "stopped": ("engine_failed", "The engine is stopped."),
 }
 
 

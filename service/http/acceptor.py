@@ -25,11 +25,11 @@ BATCH = 64  # accepted at a turn, between which requests are answered
 PAUSE = 0.1  # seconds without accepting where the system has no descriptor left
 SWEEPS = 4  # looks for stalled readers within one write timeout
 UNSENT = 64 << 10  # bytes the system takes before the peer's window has room for them
-PROBES = (  # a peer that vanished is known within a minute
-    (sockets.TCP_KEEPIDLE, 30),
-    (sockets.TCP_KEEPINTVL, 10),
-    (sockets.TCP_KEEPCNT, 3),
-)
+PROBES = {  # a peer that vanished is known within a minute
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+}
 
 
 class Acceptor:
@@ -131,13 +131,14 @@ class Acceptor:
         """Peers that vanish are found out, and those that do not read fill no memory here."""
         if connection.family == sockets.AF_UNIX:
             return
-        for option, value in (
-            (sockets.TCP_NODELAY, 1),
-            (sockets.TCP_NOTSENT_LOWAT, UNSENT),
-            (sockets.TCP_USER_TIMEOUT, int(self.book.patience.write * 2000)),  # after the book's
-            *PROBES,
-        ):
-            connection.setsockopt(sockets.IPPROTO_TCP, option, value)
+        options = PROBES | {
+            "TCP_NODELAY": 1,
+            "TCP_NOTSENT_LOWAT": UNSENT,
+            "TCP_USER_TIMEOUT": int(self.book.patience.write * 2000),  # after the book's
+        }
+        for name, value in options.items():
+            if hasattr(sockets, name):  # some are Linux's alone
+                connection.setsockopt(sockets.IPPROTO_TCP, getattr(sockets, name), value)
         connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
 
     def _sweep(self) -> None:
