@@ -258,7 +258,7 @@ _counted = msgspec.json.Decoder(_Counted)
 def _count_tokens(response: Response, summary: Summary) -> None:
     try:
         usage = _counted.decode(response.body).usage
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return  # another server's own shape
     if usage is not None:
         summary.prompt_tokens += usage.prompt_tokens + usage.input_tokens

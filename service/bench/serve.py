@@ -118,7 +118,7 @@ async def ask_server(target: Target) -> Server:
 def _first_model(body: bytes) -> str:
     try:
         return str(msgspec.json.decode(body)["data"][0]["id"])
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError):
         return ""
 
 
@@ -128,7 +128,7 @@ async def _version(target: Target) -> str:
         try:
             status, _, body = await fetch(target, path)
             found = msgspec.json.decode(body) if status == 200 else {}
-        except (*UNANSWERED, msgspec.DecodeError):
+        except (*UNANSWERED, ValueError):
             continue
         if isinstance(found, dict) and found.get(key):
             return str(found[key])
@@ -163,7 +163,7 @@ async def _prompt_tokens(target: Target, asking: Asking, job: Job) -> int:
     try:
         status, _, answer = await fetch(target, asking.path, body)
         found = read_event(answer) if status == 200 else None
-    except (*UNANSWERED, msgspec.DecodeError) as error:
+    except (*UNANSWERED, ValueError) as error:
         raise BenchProblem(f"the first request failed: {error or type(error).__name__}") from None
     if found is None:
         raise BenchProblem(f"the first request failed: http {status}, {message_of(answer)}")

@@ -58,5 +58,5 @@ class FrameReader(Generic[Message]):
     def _decode(self, body: bytes) -> Message:
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BrokenFrame(str(error)) from None

@@ -53,6 +53,7 @@ def test_what_the_engine_says_comes_back_equal() -> None:
     [
         b"\xff\xff\xff\xff",  # a length past the bound
         b"\x01\x00\x00\x00\xc1",  # not msgpack
+        b"\x08\x00\x00\x00\x81\xa4type\xa1\xa6",  # a kind in no UTF-8
         encode_frame(Output(1, 0, [])),  # a struct of the other direction
     ],
 )
