@@ -26,8 +26,8 @@ from service.api.schemas.pooling import EmbeddingRequest, RerankRequest, ScoreRe
 from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.sampling import SamplingFields
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from service.engine.refusals import UNAVAILABLE
 from service.errors import PronkError
-from service.registry import REFUSALS
 from service.settings import ENVIRONMENT_PREFIX, Settings
 
 FOLDER = Path(__file__).parent
@@ -257,7 +257,7 @@ def errors() -> Iterator[tuple[str, ...]]:
     for cls in sorted(classes, key=lambda cls: (cls.status, cls.code or "", cls.__name__)):
         codes = [cls.code] if cls.code else []
         if cls.__name__ == "Unavailable":
-            codes = list(dict.fromkeys(code for code, _ in REFUSALS.values()))
+            codes = list(dict.fromkeys(code for code, _ in UNAVAILABLE.values()))
         listed = ", ".join(f"`{code}`" for code in codes) or "null"
         when, error = fields.ERRORS[cls.__name__], cls("")
         status = anthropic_status(error)
