@@ -35,6 +35,8 @@ class PieceTokenizer(Tokenizer):
 
     def __init__(self, proto: bytes, config: TokenizerConfig) -> None:
         pieces = _processor(proto)
+        # A piece in no UTF-8 would only be met once its token is drawn: ValueError now.
+        pieces.id_to_piece(list(range(pieces.vocab_size())))
         user_defined = {token.id: token for token in _guarded_user_defined(proto)}
         control = {token.id: token for token in _control_pieces(pieces)}
         added = {**control, **user_defined, **{token.id: token for token in config.declared}}
