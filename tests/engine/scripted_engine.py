@@ -103,7 +103,7 @@ class Script:
 
     def submit(self, front_end: int, submit: Submit) -> None:
         key, verb = (front_end, submit.id), submit.prompt[0]
-        self.recorder.write([submit.id])
+        self.note_at_hand(submit.id)
         if self.is_draining and not (submit.is_continuation or submit.is_owed):
             refused = Refused(submit.id, "Unavailable", "shutting down", "draining", None, 1.0)
             self.connections.send(front_end, refused)
@@ -128,8 +128,7 @@ class Script:
                 self.step()
 
     def step(self) -> None:
-        at_hand = [key for key in self.running if self.submits[key].prompt[0] != WAIT]
-        self.recorder.write([number for _, number in at_hand])
+        self.note_at_hand()
         for key, choices in list(self.running.items()):
             self.ticks[key] -= 1
             if self.ticks[key] >= 0:
@@ -140,6 +139,10 @@ class Script:
             if not choices:
                 del self.running[key]
         self.num_steps += bool(self.running)
+
+    def note_at_hand(self, *more: int) -> None:
+        at_hand = [key for key in self.running if self.submits[key].prompt[0] != WAIT]
+        self.recorder.write([*(number for _, number in at_hand), *more])
 
     def misbehave(self, prompt: list[int], choices: dict[int, int]) -> None:
         if prompt[0] == POISON and max(choices.values()) == prompt[1]:
