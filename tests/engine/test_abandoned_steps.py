@@ -22,13 +22,13 @@ from tests.engine.test_runner import (
     greedy,
     loaded,
     network,
-    one_thread,
     scheduler_of,
     tokens,
 )
 from tests.model.test_grammar import lark
 
-__all__ = ["folder", "loaded", "network", "one_thread"]  # fixtures
+__all__ = ["folder", "loaded", "network"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def crowd() -> list[tuple[Submit, Grammar | None]]:

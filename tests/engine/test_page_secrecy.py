@@ -8,7 +8,7 @@ memory must give the same to the last bit, and each answer must be the one it gi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,20 +23,14 @@ from service.engine.scheduler import Scheduler
 from service.engine.step import Step
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCK, NUM_BLOCKS = (
     32,
     16,
 )  # so few that sequences are preempted and pages change hands all the time
 Answers = dict[tuple[int, int], list[Output]]
 Poison = Callable[[Loaded, Scheduler, Step | None], int]  # positions poisoned
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

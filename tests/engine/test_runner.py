@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,16 +24,10 @@ from service.engine.runner import Launched
 from service.engine.scheduler import Scheduler
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCK, NUM_BLOCKS, CHUNK = 32, 40, 24
 PROMPT = [(7 * i) % 150 + 3 for i in range(70)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

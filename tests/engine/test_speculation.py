@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from msgspec.structs import replace
 
 from model.sampling_row import SamplingRow
@@ -24,6 +22,8 @@ from service.engine.speculation import SpeculationLimits
 from service.engine.step import Draw, Step, agreed
 from tests.engine.checkpoints import NAN_TOKEN, write_tiny_llama
 from tests.engine.recording_runner import RecordingRunner, expected_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCK = 32
 MAX_MODEL_LEN = 200
@@ -224,14 +224,6 @@ def test_no_token_is_proposed_past_the_end_of_budget_and_context() -> None:
 
 
 # ---- real networks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
